@@ -1,0 +1,145 @@
+"""The contract that every profile's codec fulfils: KV tensors to streams and back.
+
+A stream holds one tier block: a run of tokens, all layers, keys and values. Onboarding needs it in
+steps (header, one layer group's chunks, one layer's KV), so decoding is a sequence of small calls;
+`KvCodec.decode` strings them together for everybody else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
+
+__all__ = ["BINDING_BYTES", "Buffer", "KvCodec", "TierBlock"]
+
+#: Bytes of the binding: what ties a stream to the tier key it was stored under.
+BINDING_BYTES = 32
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TierBlock:
+    """One tier block's KV, as an encoder takes it and a decoder returns it.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        ``[tokens, num_layers, num_kv_heads, head_size]`` in the cache's dtype; keys with RoPE applied.
+    first_position : int
+        Position of the first token in its sequence; positions are consecutive.
+    sink_tokens : int
+        How many tokens at the block's start are attention sinks, kept at high precision.
+    binding : bytes
+        `BINDING_BYTES` bytes stored in the header; the reader compares them with what it asked for.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    first_position: int
+    sink_tokens: int = 0
+    binding: bytes = bytes(BINDING_BYTES)
+
+
+class KvCodec(ABC):
+    """Encodes and decodes tier blocks under one profile. Thread-safe; holds no per-call state.
+
+    Deterministic: on one machine, the same input and parameters give the same bytes, whatever the
+    batch they come in.
+    """
+
+    geometry: KvGeometry
+    layer_groups: tuple[LayerRange, ...]
+
+    @abstractmethod
+    def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return the exact size of a stream's header with its chunk table, known before encoding."""
+
+    @abstractmethod
+    def max_stream_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return an upper bound, in bytes, of the stream of a tier block of `num_tokens` tokens."""
+
+    @abstractmethod
+    def encode(self, blocks: Sequence[TierBlock]) -> list[bytes]:
+        """Encode tier blocks, one stream each.
+
+        Raises
+        ------
+        LayoutError
+            If a block's shape or dtype is not the codec's.
+        EncodeRangeError
+            If a block holds NaN, infinity or values that the side data cannot carry.
+        """
+
+    @abstractmethod
+    def read_header(self, data: Buffer, *, binding: bytes | None = None) -> StreamHeader:
+        """Parse and verify a header (`data` may go on behind it).
+
+        Raises
+        ------
+        BitstreamError
+            The subclass that names the defect; `StreamMismatchError` for a sound stream of another
+            artifact, geometry or binding.
+        """
+
+    @abstractmethod
+    def open_group(self, header: StreamHeader, group: int, payload: Buffer) -> Any:
+        """Verify, inflate and dequantise one layer group of one stream.
+
+        Parameters
+        ----------
+        group : int
+            Index into `layer_groups`.
+        payload : Buffer
+            The stream's bytes ``header.group_span(group)``, contiguous.
+
+        Returns
+        -------
+        Any
+            The profile's own intermediate (coefficients); hand it to `decode_layer`.
+        """
+
+    @abstractmethod
+    def decode_layer(self, parts: Sequence[Any], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn the opened group of consecutive tier blocks into one layer's KV.
+
+        Parameters
+        ----------
+        parts : Sequence
+            What `open_group` returned, for the group that `layer` lies in, one per tier block.
+
+        Returns
+        -------
+        tuple[torch.Tensor, torch.Tensor]
+            Keys (RoPE applied) and values, ``[tokens of all parts, num_kv_heads, head_size]``, in the
+            cache's dtype.
+        """
+
+    def group_of(self, layer: int) -> int:
+        """Return the index of the layer group that holds `layer`."""
+        for index, layers in enumerate(self.layer_groups):
+            if layer in layers:
+                return index
+        raise IndexError(f"layer {layer} of {self.geometry.num_layers}")
+
+    def decode(self, stream: Buffer, *, binding: bytes | None = None) -> TierBlock:
+        """Decode a whole stream; the inverse of `encode` up to the profile's loss."""
+        header = self.read_header(stream, binding=binding)
+        geometry = self.geometry
+        shape = (header.num_tokens, geometry.num_layers, geometry.num_kv_heads, geometry.head_size)
+        keys = torch.empty(shape, dtype=geometry.torch_dtype)
+        values = torch.empty_like(keys)
+        view = memoryview(stream)
+        for index, layers in enumerate(self.layer_groups):
+            first, stop = header.group_span(index)
+            part = self.open_group(header, index, view[first:stop])
+            for layer in range(layers.first, layers.stop):
+                keys[:, layer], values[:, layer] = self.decode_layer([part], layer)
+        return TierBlock(keys, values, header.first_position, header.sink_tokens, header.binding)
