@@ -1,0 +1,158 @@
+"""The contract of a tier: bytes under keys, in registered memory, with deadlines.
+
+Tiers speak bytes and keys, never tensors. What is inside an object is the codec's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dynamo_kvtc.transfer.memory import MemorySpan
+
+__all__ = ["KEY_BYTES", "Namespace", "ReadRequest", "Tier", "TierKey", "TierStats"]
+
+#: Bytes of a tier key (a BLAKE2b digest).
+KEY_BYTES = 32
+
+#: A tier key. Opaque to tiers; derived by `Namespace.key`.
+TierKey = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Everything a tier block's key depends on besides its sequence hash.
+
+    Two workers share objects exactly if all of this agrees.
+
+    Attributes
+    ----------
+    artifact_id : bytes
+        Content id of the artifact (zeros for raw objects).
+    layout : str
+        What the bytes mean: geometry, dtype, tokens per tier block, head shard, as one canonical string.
+    salt : bytes
+        The tenant's or request's salt; empty for none.
+    """
+
+    artifact_id: bytes
+    layout: str
+    salt: bytes = b""
+
+    def key(self, sequence_hash: bytes) -> TierKey:
+        """Derive the key of the tier block whose last block has this sequence hash."""
+        digest = hashlib.blake2b(digest_size=KEY_BYTES, person=b"kvtc-tier-key")
+        for part in (self.artifact_id, self.layout.encode(), self.salt, sequence_hash):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """Read ``into.nbytes`` bytes from `offset` of one object into registered memory."""
+
+    key: TierKey
+    offset: int
+    into: MemorySpan
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """A tier's counters since it was opened, and its present fill.
+
+    ``lookups`` counts keys asked for in `contains_prefix`, the denominator of ``hits``.
+    """
+
+    objects: int
+    stored_bytes: int
+    capacity_bytes: int
+    allocated_bytes: int
+    largest_free_bytes: int
+    pinned_objects: int
+    lookups: int
+    hits: int
+    puts: int
+    bytes_written: int
+    bytes_read: int
+    evictions: int
+    rejected_full: int
+    corrupt_dropped: int
+
+
+class Tier(ABC):
+    """A place where tier blocks live.
+
+    Guarantees: an object is visible only when it is whole; concurrent writers of one key write once;
+    a pinned object is not evicted; no call blocks the event loop; every call that moves bytes ends by
+    its deadline. One event loop owns a tier; calls from other loops are errors.
+    """
+
+    name: str
+
+    @abstractmethod
+    async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
+        """Return how many leading `keys` are stored whole. Touches them for eviction order."""
+
+    @abstractmethod
+    def size_of(self, key: TierKey) -> int | None:
+        """Return the stored size of an object in bytes, or None if it is not stored whole."""
+
+    @abstractmethod
+    async def put(self, key: TierKey, source: MemorySpan, *, timeout_s: float) -> bool:
+        """Store an object; evicts least recently used, unpinned objects to make room.
+
+        Returns
+        -------
+        bool
+            False if the key is already stored or being written by another caller (write once).
+
+        Raises
+        ------
+        TierFullError
+            If room cannot be made (also when the disk itself is full); nothing is stored.
+        TransferError
+            If the bytes could not be moved; nothing is visible.
+        """
+
+    @abstractmethod
+    async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
+        """Move byte ranges of stored objects into registered memory, in one batch.
+
+        Objects read are protected from eviction until the call returns.
+
+        Raises
+        ------
+        ObjectMissingError
+            If a key is not stored.
+        ObjectCorruptError
+            If an object turns out shorter than the range asked for.
+        TransferError
+            If bytes could not be moved; the destination's contents are undefined.
+        """
+
+    @abstractmethod
+    def pin(self, keys: Iterable[TierKey]) -> list[TierKey]:
+        """Protect stored objects from eviction (counted; pin twice, unpin twice). Returns those pinned."""
+
+    @abstractmethod
+    def unpin(self, keys: Iterable[TierKey]) -> None:
+        """Undo `pin`."""
+
+    @abstractmethod
+    async def evict(self, keys: Iterable[TierKey]) -> int:
+        """Drop objects (pinned or being read ones stay); returns how many went."""
+
+    @abstractmethod
+    async def clear(self) -> None:
+        """Drop every object that is not pinned or being read."""
+
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """Return the counters."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish or abandon what is in flight and release everything. Idempotent."""

@@ -1,0 +1,3 @@
+"""The NIXL agent: one owner thread, awaitable transfers."""
+
+from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Registered memory: regions that NIXL may read and write, and spans within them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MemoryRegion", "MemorySpan"]
+
+
+@dataclass(eq=False, slots=True)
+class MemoryRegion:
+    """Host memory registered with one `TransferAgent`; made by `TransferAgent.allocate` only.
+
+    Attributes
+    ----------
+    array : numpy.ndarray
+        uint8 ``[nbytes]``, page-aligned; the region keeps it alive.
+    registration : Any
+        NIXL's handle, owned by the agent.
+    """
+
+    array: NDArray[np.uint8]
+    registration: Any
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+        return int(self.array.ctypes.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.array.nbytes
+
+    def span(self, offset: int = 0, nbytes: int | None = None) -> MemorySpan:
+        """Return the span ``[offset, offset + nbytes)``; to the end by default."""
+        length = self.nbytes - offset if nbytes is None else nbytes
+        if offset < 0 or length < 0 or offset + length > self.nbytes:
+            raise ValueError(f"span [{offset}, {offset + length}) is outside a region of {self.nbytes} bytes")
+        return MemorySpan(self, offset, length)
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySpan:
+    """A run of bytes inside a registered region."""
+
+    region: MemoryRegion
+    offset: int
+    nbytes: int
+
+    @property
+    def address(self) -> int:
+        """Address of the span's first byte."""
+        return self.region.address + self.offset
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes themselves, writable."""
+        return memoryview(self.region.array)[self.offset : self.offset + self.nbytes]
+
+    def slice(self, offset: int, nbytes: int) -> MemorySpan:
+        """Return a span within this one."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(f"slice [{offset}, {offset + nbytes}) is outside a span of {self.nbytes} bytes")
+        return MemorySpan(self.region, self.offset + offset, nbytes)
