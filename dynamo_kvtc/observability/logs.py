@@ -1,0 +1,70 @@
+"""Logs of one line each: time, level, logger, message, then ``key=value`` fields.
+
+Modules log with ``logging.getLogger(__name__)`` and give fields in ``extra={"kvtc": {...}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["LOG_LEVELS", "LineFormatter", "configure_logging"]
+
+#: Names of levels that a user may choose.
+LOG_LEVELS: tuple[str, ...] = ("debug", "info", "warning", "error")
+
+_ROOT = "dynamo_kvtc"
+
+
+def _value(value: Any) -> str:
+    """Write a field's value so that a line splits at spaces: bare words as they are, the rest as JSON."""
+    text = value if isinstance(value, str) else str(value)
+    bare = text and all(character.isalnum() or character in "._-:/+%" for character in text)
+    return text if bare else json.dumps(text, ensure_ascii=False)
+
+
+class LineFormatter(logging.Formatter):
+    """Formats a record as one line; line breaks in messages and tracebacks are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return ``2026-01-31T12:00:00.123Z INFO pipeline.offload stored blocks=8``."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        parts = [
+            f"{moment}.{int(record.msecs):03d}Z",
+            record.levelname,
+            record.name.removeprefix(f"{_ROOT}."),
+            record.getMessage(),
+        ]
+        fields = getattr(record, "kvtc", None)
+        if isinstance(fields, Mapping):
+            parts.extend(f"{key}={_value(value)}" for key, value in fields.items())
+        if record.exc_info:
+            parts.append(f"exception={json.dumps(self.formatException(record.exc_info), ensure_ascii=False)}")
+        return " ".join(parts).replace("\n", "\\n")
+
+
+def configure_logging(level: str = "info") -> None:
+    """Send the package's logs to standard error, one line each. Calling it again changes the level.
+
+    Parameters
+    ----------
+    level : str
+        One of `LOG_LEVELS`.
+
+    Raises
+    ------
+    ValueError
+        If the level has another name.
+    """
+    if level not in LOG_LEVELS:
+        raise ValueError(f"log level {level!r} is not one of {', '.join(LOG_LEVELS)}")
+    logger = logging.getLogger(_ROOT)
+    if not any(isinstance(handler.formatter, LineFormatter) for handler in logger.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(LineFormatter())
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level.upper())
