@@ -27,6 +27,7 @@ __all__ = [
     "MissingDependencyError",
     "ObjectCorruptError",
     "ObjectMissingError",
+    "OnboardCancelledError",
     "OnboardError",
     "ReservedBitsError",
     "RopeError",
@@ -173,6 +174,10 @@ class ObjectCorruptError(TierError):
 
 
 # --- pipeline ------------------------------------------------------------------------------------
+
+
+class OnboardCancelledError(KvtcError):
+    """An onboard was cancelled by its caller; the cause inside the `OnboardError` that waiters see."""
 
 
 class OnboardError(KvtcError):

@@ -18,6 +18,7 @@ from dynamo_kvtc.errors import (
     KvtcError,
     ObjectCorruptError,
     ObjectMissingError,
+    OnboardCancelledError,
     StreamMismatchError,
     TierClosedError,
     TransferError,
@@ -37,6 +38,7 @@ Stage = Literal["gather", "encode", "store", "transfer", "decode", "scatter"]
 
 # The first class that fits names the reason, so subclasses stand before their bases.
 _MISS_REASONS: tuple[tuple[type[KvtcError], MissReason], ...] = (
+    (OnboardCancelledError, "cancelled"),
     (ObjectMissingError, "missing"),
     (ObjectCorruptError, "damaged"),
     (StreamMismatchError, "mismatch"),

@@ -72,7 +72,7 @@ class PagedKvCache:
 
     def check_blocks(self, block_ids: Sequence[int]) -> None:
         """Raise `LayoutError` if a block id lies outside the cache."""
-        if block_ids and not (-1 <= min(block_ids) and max(block_ids) < self.num_blocks):
+        if block_ids and not (min(block_ids) >= -1 and max(block_ids) < self.num_blocks):
             raise LayoutError(f"block ids must lie in 0..{self.num_blocks - 1} (or be -1 to skip a block)")
 
     def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

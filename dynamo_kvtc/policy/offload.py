@@ -38,7 +38,8 @@ class OffloadPolicy:
             raise ConfigError(f"token counts of the policy must not be negative: {self}")
         if self.sink_tokens > self.tier_block_tokens:
             raise ConfigError(
-                f"sink_tokens ({self.sink_tokens}) must fit into one tier block ({self.tier_block_tokens} tokens)"
+                f"sink_tokens ({self.sink_tokens}) must fit into one tier block "
+                f"({self.tier_block_tokens} tokens)"
             )
 
     def check_block_size(self, block_size: int) -> None:

@@ -1,0 +1,68 @@
+"""What a host adapter holds of an onboard in progress."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from dynamo_kvtc.errors import OnboardError
+from dynamo_kvtc.pipeline.timeline import Timeline
+
+__all__ = ["OnboardHandle"]
+
+
+class OnboardHandle:
+    """Handle of one onboard: an awaitable per layer, and one for the whole."""
+
+    def __init__(self, num_layers: int, num_tokens: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.num_tokens = num_tokens
+        self.timeline = Timeline()
+        self._layers: list[asyncio.Future[None]] = [loop.create_future() for _ in range(num_layers)]
+        self._whole: asyncio.Future[None] = loop.create_future()
+        self._task: asyncio.Task[None] | None = None
+        for future in (*self._layers, self._whole):
+            future.add_done_callback(_retrieve)
+
+    async def layer(self, layer: int) -> None:
+        """Wait until this layer's KV is in place for every token of the request.
+
+        Raises
+        ------
+        OnboardError
+            If it never will be; the error says which tokens to recompute.
+        """
+        await asyncio.shield(self._layers[layer])
+
+    async def wait(self) -> None:
+        """Wait until every layer is in place. Raises `OnboardError` as `layer` does."""
+        await asyncio.shield(self._whole)
+
+    def done(self) -> bool:
+        """Tell whether the onboard has ended, well or not."""
+        return self._whole.done()
+
+    async def cancel(self) -> None:
+        """Stop the onboard and wait until it touches neither cache nor staging memory any more."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def _mark_layer(self, layer: int) -> None:
+        self.timeline.mark_layer(layer)
+        if not self._layers[layer].done():
+            self._layers[layer].set_result(None)
+
+    def _finish(self, error: OnboardError | None) -> None:
+        for future in (*self._layers, self._whole):
+            if not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Mark a failure as seen: a caller that only awaits `wait` must not be warned about every layer."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,290 @@
+"""Offload: gather from the paged cache, encode in batches, store. Never blocks the caller.
+
+One bounded queue and one worker task. What does not fit into the queue is dropped and counted: a lost
+offload costs a later recomputation, a blocked engine step costs every request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from dynamo_kvtc.codec.base import KvCodec, TierBlock
+from dynamo_kvtc.errors import (
+    CodecError,
+    KvtcError,
+    LayoutError,
+    TierClosedError,
+    TierFullError,
+    TransferError,
+    TransferTimeoutError,
+)
+from dynamo_kvtc.observability import Counters, DropReason
+from dynamo_kvtc.pipeline.blocks import TierBlockRef
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.threads import run_to_end
+from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.transfer.staging import StagingPool
+
+__all__ = ["OffloadResult", "OffloadTicket", "Offloader"]
+
+_log = logging.getLogger(__name__)
+
+# The first class that fits names the reason, so subclasses stand before their bases.
+_DROP_REASONS: tuple[tuple[type[KvtcError], DropReason], ...] = (
+    (CodecError, "unencodable"),
+    (LayoutError, "unencodable"),
+    (TierFullError, "tier_full"),
+    (TierClosedError, "closed"),
+    (TransferTimeoutError, "timeout"),
+    (TransferError, "transfer"),
+)
+
+
+@dataclass(slots=True)
+class OffloadResult:
+    """What became of the tier blocks of one offload call."""
+
+    stored: int = 0
+    already_stored: int = 0
+    dropped: int = 0
+    stored_bytes: int = 0
+
+
+class OffloadTicket:
+    """Handle of one offload call.
+
+    `gathered` completes when the engine may reuse the blocks: their KV has been copied out, or will not
+    be. `wait` completes when every tier block is stored or dropped.
+    """
+
+    def __init__(self, num_tier_blocks: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.result = OffloadResult()
+        self._to_gather = self._to_finish = num_tier_blocks
+        self._gathered: asyncio.Future[None] = loop.create_future()
+        self._done: asyncio.Future[None] = loop.create_future()
+        self._settle()
+
+    async def gathered(self) -> None:
+        """Wait until the blocks may be reused."""
+        await asyncio.shield(self._gathered)
+
+    async def wait(self) -> OffloadResult:
+        """Wait until nothing of this call is pending."""
+        await asyncio.shield(self._done)
+        return self.result
+
+    def _mark_gathered(self, count: int) -> None:
+        self._to_gather -= count
+        self._settle()
+
+    def _mark_finished(self, count: int) -> None:
+        self._to_finish -= count
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._to_gather <= 0 and not self._gathered.done():
+            self._gathered.set_result(None)
+        if self._to_finish <= 0 and not self._done.done():
+            self._done.set_result(None)
+
+
+@dataclass(slots=True)
+class _Job:
+    ref: TierBlockRef
+    source: PagedKvCache
+    ticket: OffloadTicket
+
+
+@dataclass(slots=True)
+class _Encoded:
+    job: _Job
+    stream: bytes | Exception
+
+
+class Offloader:
+    """Owns the offload queue and its worker task. Lives on one event loop.
+
+    Parameters
+    ----------
+    executor : Executor
+        Runs gather and encode, so that neither touches the event loop.
+    queue_limit : int
+        Tier blocks that may wait; more are dropped.
+    batch : int
+        Tier blocks gathered and encoded in one go.
+    timeout_s : float
+        Deadline of each staging lease and each put.
+    """
+
+    def __init__(
+        self,
+        codec: KvCodec,
+        tiers: TierStack,
+        staging: StagingPool,
+        policy: OffloadPolicy,
+        counters: Counters,
+        executor: Executor,
+        *,
+        queue_limit: int = 256,
+        batch: int = 4,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._codec, self._tiers, self._staging = codec, tiers, staging
+        self._policy, self._counters, self._executor = policy, counters, executor
+        self._queue_limit, self._batch, self._timeout_s = queue_limit, batch, timeout_s
+        self._queue: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._worker = asyncio.get_running_loop().create_task(self._run(), name="kvtc-offload")
+
+    @property
+    def pending(self) -> int:
+        """Tier blocks that wait in the queue."""
+        return len(self._queue)
+
+    def submit(self, refs: Sequence[TierBlockRef], source: PagedKvCache) -> OffloadTicket:
+        """Queue tier blocks and return at once.
+
+        The engine must not reuse the blocks before ``ticket.gathered()`` has completed.
+        """
+        wanted = [ref for ref in refs if self._tiers.size_of(ref.key) is None]
+        room = 0 if self._closed else max(0, self._queue_limit - len(self._queue))
+        accepted = wanted[:room]
+        ticket = OffloadTicket(len(accepted))
+        ticket.result.already_stored = len(refs) - len(wanted)
+        ticket.result.dropped = len(wanted) - len(accepted)
+        if ticket.result.dropped:
+            self._counters.dropped("closed" if self._closed else "queue_full", ticket.result.dropped)
+        self._queue.extend(_Job(ref, source, ticket) for ref in accepted)
+        self._wake.set()
+        return ticket
+
+    async def close(self) -> None:
+        """Drop what waits, let the batch in work come to an end, stop the worker."""
+        self._closed = True
+        while self._queue:
+            job = self._queue.popleft()
+            self._finish_dropped(job, "closed")
+            job.ticket._mark_gathered(1)
+        self._wake.set()
+        await self._worker
+
+    async def _run(self) -> None:
+        storing: asyncio.Task[None] | None = None
+        while True:
+            await self._wake.wait()
+            if not self._queue:
+                self._wake.clear()
+                if self._closed:
+                    break
+                continue
+            jobs = self._next_batch()
+            encoded = await self._gather_and_encode(jobs)
+            # While this batch is stored the next one is encoded; one batch of each, no more.
+            if storing is not None:
+                await storing
+            storing = asyncio.get_running_loop().create_task(self._store(encoded))
+        if storing is not None:
+            await storing
+
+    def _next_batch(self) -> list[_Job]:
+        """Take jobs that share a source, so that one gather serves them."""
+        jobs = [self._queue.popleft()]
+        while self._queue and len(jobs) < self._batch and self._queue[0].source is jobs[0].source:
+            jobs.append(self._queue.popleft())
+        return jobs
+
+    async def _gather_and_encode(self, jobs: list[_Job]) -> list[_Encoded]:
+        try:
+            with self._counters.timed("gather"):
+                blocks = await run_to_end(self._executor, lambda: self._gather(jobs))
+        except Exception as error:
+            self._drop(jobs, error)
+            return []
+        finally:
+            for job in jobs:
+                job.ticket._mark_gathered(1)
+        with self._counters.timed("encode"):
+            return await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
+
+    def _encode(self, jobs: list[_Job], blocks: list[TierBlock]) -> list[_Encoded]:
+        try:
+            streams: list[bytes | Exception] = list(self._codec.encode(blocks))
+        except Exception:
+            # One bad block (NaN, say) must not take the others of its batch with it.
+            streams = [self._encode_alone(block) for block in blocks]
+        return [_Encoded(job, stream) for job, stream in zip(jobs, streams, strict=True)]
+
+    def _encode_alone(self, block: TierBlock) -> bytes | Exception:
+        try:
+            return self._codec.encode([block])[0]
+        except Exception as error:
+            return error
+
+    def _gather(self, jobs: list[_Job]) -> list[TierBlock]:
+        keys, values = jobs[0].source.gather([block for job in jobs for block in job.ref.block_ids])
+        blocks, start = [], 0
+        for job in jobs:
+            stop = start + job.ref.num_tokens
+            blocks.append(
+                TierBlock(
+                    keys[start:stop],
+                    values[start:stop],
+                    job.ref.first_position,
+                    self._policy.sinks_in(job.ref.first_position),
+                    job.ref.key,
+                )
+            )
+            start = stop
+        return blocks
+
+    async def _store(self, encoded: list[_Encoded]) -> None:
+        for item in encoded:
+            if isinstance(item.stream, Exception):
+                self._drop([item.job], item.stream)
+                continue
+            try:
+                with self._counters.timed("store"):
+                    async with self._staging.lease(len(item.stream), timeout_s=self._timeout_s) as span:
+                        span.view[:] = item.stream
+                        written = await self._tiers.put(item.job.ref.key, span, timeout_s=self._timeout_s)
+            except Exception as error:
+                self._drop([item.job], error)
+            else:
+                self._finish_stored(item.job, len(item.stream) if written else 0)
+
+    def _finish_stored(self, job: _Job, stored_bytes: int) -> None:
+        result = job.ticket.result
+        if stored_bytes:
+            result.stored += 1
+            result.stored_bytes += stored_bytes
+            self._counters.offloaded(
+                blocks=1,
+                tokens=job.ref.num_tokens,
+                raw_bytes=job.ref.num_tokens * self._codec.geometry.token_bytes,
+                stored_bytes=stored_bytes,
+            )
+        else:
+            result.already_stored += 1
+        job.ticket._mark_finished(1)
+
+    def _drop(self, jobs: list[_Job], error: Exception) -> None:
+        reason = next((name for kind, name in _DROP_REASONS if isinstance(error, kind)), "error")
+        if isinstance(error, KvtcError):
+            _log.warning("%d tier blocks not offloaded (%s): %s", len(jobs), reason, error)
+        else:
+            _log.error("%d tier blocks not offloaded by an unexpected error", len(jobs), exc_info=error)
+        for job in jobs:
+            self._finish_dropped(job, reason)
+
+    def _finish_dropped(self, job: _Job, reason: DropReason) -> None:
+        self._counters.dropped(reason)
+        job.ticket.result.dropped += 1
+        job.ticket._mark_finished(1)

@@ -1,0 +1,380 @@
+"""Onboard: transfer and decode overlap, and each layer says when its KV is in place.
+
+A request's objects are read in units: one layer group of a few consecutive tier blocks. A reader task
+keeps the next units in flight while the schedule task opens (verifies, inflates, dequantises) and
+projects the present one. Units come in group-major order, so the first layers are ready first.
+
+Nothing wrong is ever served: when a tier block is missing, damaged or late, the request ends in front
+of it, the sound blocks before it are still put in place, and the engine is told which tokens to recompute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dynamo_kvtc.codec.base import KvCodec
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.errors import (
+    KvtcError,
+    ObjectMissingError,
+    OnboardCancelledError,
+    OnboardError,
+    StreamMismatchError,
+    TransferTimeoutError,
+)
+from dynamo_kvtc.observability import Counters, Stage, miss_reason
+from dynamo_kvtc.pipeline.blocks import TierBlockRef
+from dynamo_kvtc.pipeline.handle import OnboardHandle
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.threads import run_to_end
+from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.tiers.base import ReadRequest
+from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.transfer.memory import MemorySpan
+from dynamo_kvtc.transfer.staging import StagingPool
+
+__all__ = ["OnboardSettings", "Onboarder"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OnboardSettings:
+    """How an onboard is cut and bounded.
+
+    Attributes
+    ----------
+    timeout_s : float
+        Deadline of the whole onboard; when it passes, the engine recomputes.
+    units : int
+        Into about how many units a request is cut. More units overlap better, fewer have larger
+        matrix products.
+    transfers_in_flight : int
+        Units whose bytes may be on their way or waiting for decoding; bounds the staging memory used.
+    """
+
+    timeout_s: float = 30.0
+    units: int = 12
+    transfers_in_flight: int = 3
+
+
+@dataclass(slots=True)
+class _Unit:
+    """One layer group of tier blocks ``first .. first + count - 1`` of the request."""
+
+    group: int
+    first: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.count
+
+
+@dataclass(slots=True)
+class _Opened:
+    unit: _Unit
+    parts: list[Any]
+    block_ids: list[int]
+
+
+#: What the reader hands over: a unit, its tier blocks' bytes, and the staging leases they lie in. None
+#: is the end.
+_UnitQueue = asyncio.Queue[tuple[_Unit, list[memoryview], AsyncExitStack] | None]
+
+
+class Onboarder:
+    """Runs onboards. Lives on one event loop; holds no state between requests.
+
+    Parameters
+    ----------
+    executor : Executor
+        Runs everything that computes; the event loop only waits.
+    """
+
+    def __init__(
+        self,
+        codec: KvCodec,
+        tiers: TierStack,
+        staging: StagingPool,
+        policy: OffloadPolicy,
+        counters: Counters,
+        executor: Executor,
+        settings: OnboardSettings | None = None,
+    ) -> None:
+        self._codec, self._tiers, self._staging = codec, tiers, staging
+        self._policy, self._counters, self._executor = policy, counters, executor
+        self._settings = settings or OnboardSettings()
+
+    def start(self, refs: Sequence[TierBlockRef], destination: PagedKvCache) -> OnboardHandle:
+        """Begin to onboard tier blocks and return at once.
+
+        The engine must neither read nor reuse the destination blocks until the handle says so.
+        """
+        handle = OnboardHandle(self._codec.geometry.num_layers, sum(ref.num_tokens for ref in refs))
+        run = _Request(self, list(refs), destination, handle)
+        handle._task = asyncio.get_running_loop().create_task(run.run(), name="kvtc-onboard")
+        return handle
+
+
+class _Request:
+    """One onboard in the making."""
+
+    def __init__(
+        self, owner: Onboarder, refs: list[TierBlockRef], destination: PagedKvCache, handle: OnboardHandle
+    ) -> None:
+        self._codec, self._tiers, self._staging = owner._codec, owner._tiers, owner._staging
+        self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
+        self._settings = owner._settings
+        self._refs, self._destination, self._handle = refs, destination, handle
+        self._timeline = handle.timeline
+        self._headers: list[StreamHeader] = []
+        #: Tier blocks in front of the first one that failed; the request shrinks to these.
+        self._sound = len(refs)
+        self._cause: Exception | None = None
+
+    async def run(self) -> None:
+        """Drive the request to its end; the only place where it succeeds or fails."""
+        pinned = self._tiers.pin(ref.key for ref in self._refs)
+        try:
+            await asyncio.wait_for(self._load(), self._settings.timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            limit = f"{self._settings.timeout_s:g} s"
+            self._fail_from(0, TransferTimeoutError(f"onboarding did not finish within {limit}"))
+        except asyncio.CancelledError:
+            # Only OnboardHandle.cancel does this; whoever waits is told, the task ends quietly.
+            self._fail_from(0, OnboardCancelledError("onboarding was cancelled"))
+        except KvtcError as error:
+            self._fail_from(0, error)
+        except Exception as error:
+            _log.exception("onboarding failed by an unexpected error")
+            self._fail_from(0, error)
+        finally:
+            self._tiers.unpin(pinned)
+        self._count()
+        self._handle._finish(self._error())
+
+    async def _load(self) -> None:
+        if not self._refs:
+            return
+        await self._read_headers()
+        units = self._units()
+        queue: _UnitQueue = asyncio.Queue()
+        slots = asyncio.Semaphore(self._settings.transfers_in_flight)
+        reader = asyncio.get_running_loop().create_task(self._read_units(units, queue, slots))
+        try:
+            for group, layers in enumerate(self._codec.layer_groups):
+                opened: list[_Opened] = []
+                remaining = sum(unit.group == group for unit in units)
+                while remaining:
+                    item = await queue.get()
+                    if item is None:
+                        reader.result()  # raises what ended the reader early
+                        raise AssertionError("the reader ended before its last unit")
+                    remaining -= 1
+                    unit, payloads, leases = item
+                    async with leases:
+                        part = await self._open(unit, payloads)
+                    slots.release()
+                    if part is not None:
+                        opened.append(part)
+                    if remaining and queue.empty():
+                        # The next unit is still in flight: use the time to finish what is here.
+                        for layer in range(layers.first, layers.stop):
+                            await self._project(layer, opened)
+                        opened = []
+                for layer in range(layers.first, layers.stop):
+                    await self._project(layer, opened)
+                    if self._sound == len(self._refs):
+                        self._handle._mark_layer(layer)
+        finally:
+            reader.cancel()
+            await asyncio.wait([reader])
+            while not queue.empty():
+                if (item := queue.get_nowait()) is not None:
+                    await item[2].aclose()
+
+    # --- transfer ----------------------------------------------------------------------------------
+
+    async def _read_headers(self) -> None:
+        """Read and check every tier block's header, in one batch of small reads."""
+        sizes = [
+            self._codec.header_bytes(ref.num_tokens, self._policy.sinks_in(ref.first_position))
+            for ref in self._refs
+        ]
+        async with self._staging.lease(sum(sizes), timeout_s=self._settings.timeout_s) as span:
+            spans, offset = [], 0
+            for size in sizes:
+                spans.append(span.slice(offset, size))
+                offset += size
+            reads = [ReadRequest(ref.key, 0, into) for ref, into in zip(self._refs, spans, strict=True)]
+            await self._get(reads, _Unit(-1, 0, len(reads)))
+            for index in range(self._sound):
+                try:
+                    self._headers.append(self._check_header(index, spans[index]))
+                except KvtcError as error:
+                    self._fail_from(index, error)
+                    break
+
+    def _check_header(self, index: int, span: MemorySpan) -> StreamHeader:
+        ref = self._refs[index]
+        header = self._codec.read_header(span.view, binding=ref.key)
+        if (header.first_position, header.num_tokens) != (ref.first_position, ref.num_tokens):
+            raise StreamMismatchError(
+                f"object holds tokens {header.first_position}+{header.num_tokens}, "
+                f"asked for {ref.first_position}+{ref.num_tokens}; it is treated as a miss"
+            )
+        return header
+
+    def _units(self) -> list[_Unit]:
+        """Cut the request: group-major, so that the first layers' bytes come first.
+
+        A unit is small enough that all units in flight fit into the staging memory together.
+        """
+        per_group = max(1, -(-self._settings.units // len(self._codec.layer_groups)))
+        most_blocks = max(1, -(-len(self._headers) // per_group))
+        most_bytes = self._staging.capacity // (self._settings.transfers_in_flight + 1)
+        units: list[_Unit] = []
+        for group in range(len(self._codec.layer_groups)):
+            unit, nbytes = _Unit(group, 0, 0), 0
+            for index, header in enumerate(self._headers):
+                start, stop = header.group_span(group)
+                if unit.count and (unit.count == most_blocks or nbytes + stop - start > most_bytes):
+                    units.append(unit)
+                    unit, nbytes = _Unit(group, index, 0), 0
+                unit.count += 1
+                nbytes += stop - start
+            if unit.count:
+                units.append(unit)
+        return units
+
+    async def _read_units(
+        self,
+        units: list[_Unit],
+        queue: _UnitQueue,
+        slots: asyncio.Semaphore,
+    ) -> None:
+        """Keep the next units in flight; hand them over in order."""
+        try:
+            for unit in units:
+                await slots.acquire()
+                async with AsyncExitStack() as leases:
+                    payloads = await self._read_unit(unit, leases)
+                    queue.put_nowait((unit, payloads, leases.pop_all()))
+        finally:
+            queue.put_nowait(None)
+
+    async def _read_unit(self, unit: _Unit, leases: AsyncExitStack) -> list[memoryview]:
+        spans_in_stream = [
+            self._headers[index].group_span(unit.group)
+            for index in range(unit.first, min(unit.stop, self._sound))
+        ]
+        total = sum(stop - start for start, stop in spans_in_stream)
+        if not total:
+            return []
+        lease = self._staging.lease(total, timeout_s=self._settings.timeout_s)
+        span = await leases.enter_async_context(lease)
+        reads, offset = [], 0
+        for index, (start, stop) in enumerate(spans_in_stream, unit.first):
+            reads.append(ReadRequest(self._refs[index].key, start, span.slice(offset, stop - start)))
+            offset += stop - start
+        await self._get(reads, unit)
+        return [read.into.view for read in reads]
+
+    async def _get(self, reads: list[ReadRequest], unit: _Unit) -> None:
+        """Read a unit; a failure ends the request in front of the first tier block that fails."""
+        try:
+            with self._timed("transfer", unit.group, unit.first, unit.count):
+                await self._tiers.get(reads, timeout_s=self._settings.timeout_s)
+        except KvtcError as error:
+            missing = unit.first
+            if isinstance(error, ObjectMissingError):
+                absent = [i for i, read in enumerate(reads) if self._tiers.size_of(read.key) is None]
+                missing += min(absent, default=0)
+            self._fail_from(missing, error)
+            # What lies in front of the failed block is sound but unread: read it again without the rest.
+            if missing > unit.first:
+                await self._get(reads[: missing - unit.first], unit)
+
+    # --- decode ------------------------------------------------------------------------------------
+
+    async def _open(self, unit: _Unit, payloads: list[memoryview]) -> _Opened | None:
+        count = min(unit.stop, self._sound) - unit.first
+        parts: list[Any] = []
+
+        def work() -> None:
+            for index in range(count):
+                header = self._headers[unit.first + index]
+                parts.append(self._codec.open_group(header, unit.group, payloads[index]))
+
+        try:
+            with self._timed("open", unit.group, unit.first, unit.count):
+                await run_to_end(self._executor, work)
+        except KvtcError as error:
+            self._fail_from(unit.first + len(parts), error)
+        if not parts:
+            return None
+        block_ids = [
+            block for ref in self._refs[unit.first : unit.first + len(parts)] for block in ref.block_ids
+        ]
+        return _Opened(unit, parts, block_ids)
+
+    async def _project(self, layer: int, opened: list[_Opened]) -> None:
+        """Decode one layer of the opened units and scatter it into the paged cache."""
+        if not opened:
+            return
+
+        def work() -> None:
+            parts = [part for item in opened for part in item.parts]
+            block_ids = [block for item in opened for block in item.block_ids]
+            keys, values = self._codec.decode_layer(parts, layer)
+            self._destination.scatter_layer(layer, block_ids, keys, values)
+
+        first = opened[0].unit
+        count = sum(len(item.parts) for item in opened)
+        with self._timed("project", first.group, first.first, count):
+            await run_to_end(self._executor, work)
+
+    @contextmanager
+    def _timed(self, stage: str, group: int, first: int, count: int) -> Iterator[None]:
+        total: Stage = "transfer" if stage == "transfer" else "decode"
+        with self._timeline.record(stage, group, first, count), self._counters.timed(total):
+            yield
+
+    # --- outcome -----------------------------------------------------------------------------------
+
+    def _fail_from(self, index: int, error: Exception) -> None:
+        if index < self._sound:
+            self._sound = index
+            self._cause = error
+
+    def _error(self) -> OnboardError | None:
+        if self._cause is None:
+            return None
+        start = self._refs[self._sound].first_position
+        stop = self._refs[-1].first_position + self._refs[-1].num_tokens
+        error = OnboardError(
+            f"tokens {start} to {stop} could not be onboarded and must be recomputed: {self._cause}",
+            [(start, stop)],
+        )
+        error.__cause__ = self._cause
+        return error
+
+    def _count(self) -> None:
+        sound = self._refs[: self._sound]
+        if sound:
+            tokens = sum(ref.num_tokens for ref in sound)
+            self._counters.onboarded(
+                blocks=len(sound),
+                tokens=tokens,
+                raw_bytes=tokens * self._codec.geometry.token_bytes,
+                stored_bytes=sum(header.stream_size for header in self._headers[: self._sound]),
+            )
+        if self._cause is not None:
+            self._counters.missed(miss_reason(self._cause), len(self._refs) - self._sound)
