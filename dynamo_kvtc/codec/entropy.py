@@ -1,0 +1,227 @@
+"""Entropy coders: the last, lossless step between a chunk's plain bytes and its stored bytes.
+
+Each chunk of a stream names its coder by id, so coders may be mixed and added. Two are part of the
+format (`docs/bitstream.md`): store and DEFLATE. Third parties add theirs through the entry-point group
+`ENTRY_POINT_GROUP`; an entry point loads to a callable without arguments that returns an
+`EntropyCoder` with an id in `THIRD_PARTY_IDS`. Two coders may share an id only if each decodes
+everything that the other encodes.
+
+Coders are thread-safe, keep no state between calls, and release the GIL while they work.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from importlib.metadata import entry_points
+
+from isal import isal_zlib
+from zlib_ng import zlib_ng
+
+from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError, UnknownCoderError
+
+__all__ = [
+    "DEFLATE",
+    "ENTRY_POINT_GROUP",
+    "MAX_CHUNK_BYTES",
+    "MAX_DEFLATE_CHUNK_BYTES",
+    "STORE",
+    "THIRD_PARTY_IDS",
+    "DeflateCoder",
+    "EntropyCoder",
+    "StoreCoder",
+    "find_coder",
+    "register_coder",
+]
+
+_log = logging.getLogger(__name__)
+
+#: Coder id of plain bytes.
+STORE = 0
+
+#: Coder id of raw DEFLATE (RFC 1951), the interchange coder.
+DEFLATE = 1
+
+#: Plain bytes that a chunk of any coder may hold.
+MAX_CHUNK_BYTES = 16 * 1024 * 1024
+
+#: Plain bytes that a DEFLATE chunk may hold: what GPU decoders take as one unit of work.
+MAX_DEFLATE_CHUNK_BYTES = 64 * 1024
+
+#: Ids that coders outside this package may use; lower ones belong to the specification.
+THIRD_PARTY_IDS = range(128, 256)
+
+ENTRY_POINT_GROUP = "dynamo_kvtc.entropy_coders"
+
+_RAW_DEFLATE_WBITS = -15
+
+Buffer = bytes | bytearray | memoryview
+
+
+class EntropyCoder(ABC):
+    """Turns a chunk's plain bytes into fewer bytes and back.
+
+    Attributes
+    ----------
+    coder_id : int
+        Id in the chunk table, 0 to 255.
+    name : str
+        Name for people: in reports and messages.
+    max_plain_size : int
+        Bytes that one chunk may hold, at most `MAX_CHUNK_BYTES`.
+    """
+
+    coder_id: int
+    name: str
+    max_plain_size: int = MAX_CHUNK_BYTES
+
+    @abstractmethod
+    def encode(self, plain: Buffer) -> bytes:
+        """Encode one chunk; deterministic.
+
+        Raises
+        ------
+        SizeLimitError
+            If `plain` is longer than `max_plain_size`.
+        """
+
+    @abstractmethod
+    def decode(self, data: Buffer, plain_size: int) -> bytes:
+        """Decode one chunk, allocating little more than `plain_size` bytes whatever `data` holds.
+
+        Raises
+        ------
+        EntropyDecodeError
+            If `data` is not a stream of this coder, or decodes to other than `plain_size` bytes.
+        """
+
+    @abstractmethod
+    def max_encoded_size(self, plain_size: int) -> int:
+        """Return an upper bound of the bytes that `encode` returns for `plain_size` bytes."""
+
+    def _check_plain(self, plain: Buffer) -> None:
+        if len(plain) > self.max_plain_size:
+            raise SizeLimitError(
+                f"a {self.name} chunk holds at most {self.max_plain_size} bytes, not {len(plain)}; "
+                f"cut the payload into more chunks"
+            )
+
+
+class StoreCoder(EntropyCoder):
+    """Plain bytes as they are."""
+
+    coder_id = STORE
+    name = "store"
+
+    def encode(self, plain: Buffer) -> bytes:
+        """Return `plain` as bytes."""
+        self._check_plain(plain)
+        return bytes(plain)
+
+    def decode(self, data: Buffer, plain_size: int) -> bytes:
+        """Return `data` as bytes once its length is checked."""
+        if len(data) != plain_size:
+            raise EntropyDecodeError(
+                f"a stored chunk has {len(data)} bytes where the table says {plain_size}"
+            )
+        return bytes(data)
+
+    def max_encoded_size(self, plain_size: int) -> int:
+        """Return `plain_size`."""
+        return plain_size
+
+
+class DeflateCoder(EntropyCoder):
+    """Raw DEFLATE (RFC 1951), readable by zlib, ISA-L and nvCOMP alike."""
+
+    coder_id = DEFLATE
+    name = "deflate"
+    max_plain_size = MAX_DEFLATE_CHUNK_BYTES
+
+    def encode(self, plain: Buffer) -> bytes:
+        """Encode with Huffman codes only, without searching for repetitions."""
+        self._check_plain(plain)
+        deflate = zlib_ng.compressobj(
+            level=1, wbits=_RAW_DEFLATE_WBITS, memLevel=9, strategy=zlib_ng.Z_HUFFMAN_ONLY
+        )
+        return bytes(deflate.compress(plain) + deflate.flush())
+
+    def decode(self, data: Buffer, plain_size: int) -> bytes:
+        """Inflate with ISA-L, never beyond one byte more than `plain_size`."""
+        inflate = isal_zlib.decompressobj(wbits=_RAW_DEFLATE_WBITS)
+        try:
+            # One byte of room beyond the end, so that too long a stream shows and a limit of 0, which
+            # would mean "no limit", cannot occur.
+            plain: bytes = inflate.decompress(data, plain_size + 1)
+        except isal_zlib.IsalError as error:  # type: ignore[misc]  # its stub declares an instance
+            raise EntropyDecodeError(f"a chunk is not valid DEFLATE ({error}); drop the stream") from error
+        if not inflate.eof or inflate.unused_data or len(plain) != plain_size:
+            raise EntropyDecodeError(
+                f"a DEFLATE chunk does not end after the {plain_size} bytes it must have; drop the stream"
+            )
+        return plain
+
+    def max_encoded_size(self, plain_size: int) -> int:
+        """Return the plain size plus the worst case of block headers and 9-bit literals."""
+        return plain_size + plain_size // 8 + 64
+
+
+_lock = threading.Lock()
+_coders: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in (StoreCoder(), DeflateCoder())}
+_entry_points_loaded = False
+
+
+def register_coder(coder: EntropyCoder) -> None:
+    """Make a third party's coder known to every decoder in this process.
+
+    Raises
+    ------
+    ValueError
+        If the id lies outside `THIRD_PARTY_IDS`, is taken by another class, or the coder's chunks would
+        be larger than the format allows.
+    """
+    if coder.coder_id not in THIRD_PARTY_IDS:
+        raise ValueError(
+            f"entropy coder {coder.name!r} has id {coder.coder_id}; use one of "
+            f"{THIRD_PARTY_IDS.start} to {THIRD_PARTY_IDS.stop - 1}"
+        )
+    if not 0 < coder.max_plain_size <= MAX_CHUNK_BYTES:
+        raise ValueError(f"entropy coder {coder.name!r} must take chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+    with _lock:
+        known = _coders.setdefault(coder.coder_id, coder)
+    if type(known) is not type(coder):
+        raise ValueError(f"entropy coder id {coder.coder_id} of {coder.name!r} is taken by {known.name!r}")
+
+
+def find_coder(coder_id: int) -> EntropyCoder:
+    """Return the coder with this id; an unknown id loads the installed third-party coders once.
+
+    Raises
+    ------
+    UnknownCoderError
+        If neither this package nor any installed one provides the coder.
+    """
+    coder = _coders.get(coder_id)
+    if coder is None:
+        _load_entry_points()
+        coder = _coders.get(coder_id)
+    if coder is None:
+        raise UnknownCoderError(
+            f"no entropy coder has id {coder_id}; install the package that provides it "
+            f"(entry-point group {ENTRY_POINT_GROUP})"
+        )
+    return coder
+
+
+def _load_entry_points() -> None:
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            register_coder(entry.load()())
+        except Exception:  # noqa: PERF203
+            # A broken plug-in must not take down streams that do not need it.
+            _log.exception("entropy coder %r (%s) cannot be loaded", entry.name, entry.value)
+    _entry_points_loaded = True
