@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from dynamo_kvtc.errors import OnboardError
@@ -41,6 +42,10 @@ class OnboardHandle:
     def done(self) -> bool:
         """Tell whether the onboard has ended, well or not."""
         return self._whole.done()
+
+    def on_done(self, callback: Callable[[OnboardHandle], None]) -> None:
+        """Call `callback` with this handle on the event loop once the onboard has ended."""
+        self._whole.add_done_callback(lambda _: callback(self))
 
     async def cancel(self) -> None:
         """Stop the onboard and wait until it touches neither cache nor staging memory any more."""

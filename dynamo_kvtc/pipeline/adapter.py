@@ -1,0 +1,201 @@
+"""`TierAdapter`: the one asynchronous object that every host adapter drives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from dynamo_kvtc.codec.base import KvCodec
+from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
+from dynamo_kvtc.observability import Counters, Snapshot
+from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
+from dynamo_kvtc.pipeline.handle import OnboardHandle
+from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
+from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.tiers.base import Namespace, TierStats
+from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.transfer.agent import TransferAgent
+from dynamo_kvtc.transfer.staging import StagingPool
+
+__all__ = ["AdapterStatus", "TierAdapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """What `TierAdapter.status` returns: the counters, and each tier's own."""
+
+    counters: Snapshot
+    tiers: dict[str, TierStats]
+    offloads_pending: int
+
+
+class TierAdapter:
+    """Looks up, offloads and onboards the blocks of an engine's sequences.
+
+    Owns everything behind it (agent, staging memory, tiers, threads) and closes it. Belongs to the
+    event loop it was made on; `ThreadedTierAdapter` serves hosts that are not asyncio.
+
+    Parameters
+    ----------
+    codec : KvCodec
+        Encodes at the boundary between the engine and the first tier.
+    artifact_id : bytes
+        Part of every key; objects of another artifact are misses.
+    block_size : int
+        Tokens per block of the engine.
+    queue_limit : int
+        Tier blocks that may wait to be offloaded; more are dropped and counted.
+    store_timeout_s : float
+        Deadline for storing one tier block.
+    """
+
+    def __init__(
+        self,
+        codec: KvCodec,
+        artifact_id: bytes,
+        agent: TransferAgent,
+        staging: StagingPool,
+        tiers: TierStack,
+        policy: OffloadPolicy,
+        block_size: int,
+        *,
+        onboard: OnboardSettings | None = None,
+        queue_limit: int = 256,
+        store_timeout_s: float = 30.0,
+    ) -> None:
+        policy.check_block_size(block_size)
+        self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
+        self.counters = Counters()
+        self._agent, self._staging = agent, staging
+        self._artifact_id = artifact_id
+        # One thread each: offloading must not delay onboarding, and both are internally parallel.
+        self._offload_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-encode")
+        self._onboard_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-decode")
+        self._offloader = Offloader(
+            codec,
+            tiers,
+            staging,
+            policy,
+            self.counters,
+            self._offload_thread,
+            queue_limit=queue_limit,
+            timeout_s=store_timeout_s,
+        )
+        self._onboarder = Onboarder(
+            codec, tiers, staging, policy, self.counters, self._onboard_thread, onboard
+        )
+        self._onboards: set[OnboardHandle] = set()
+        self._closed = False
+
+    def namespace(self, salt: bytes = b"") -> Namespace:
+        """Return what the keys of sequences with this salt have in common."""
+        geometry = self.codec.geometry
+        layout = (
+            f"layers={geometry.num_layers} kv_heads={geometry.num_kv_heads} head_size={geometry.head_size} "
+            f"dtype={geometry.dtype} tier_block_tokens={self.policy.tier_block_tokens} "
+            f"sinks={self.policy.sink_tokens} head_shard=0/1"
+        )
+        return Namespace(self._artifact_id, layout, salt)
+
+    async def lookup(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> int:
+        """Return how many leading tokens of a sequence the tiers hold.
+
+        Parameters
+        ----------
+        hashes : Sequence[bytes]
+            Sequence hash of each whole block of the sequence, from the first on.
+
+        Returns
+        -------
+        int
+            A multiple of the policy's `tier_block_tokens`. A later `onboard` may still fail and say so.
+        """
+        self._check_open()
+        keys = tier_keys(hashes, self.namespace(salt), self.block_size, self.policy.tier_block_tokens)
+        found = await self.tiers.contains_prefix(keys)
+        self.counters.looked_up(len(keys), found)
+        return found * self.policy.tier_block_tokens
+
+    def offload(
+        self, blocks: SequenceBlocks, source: PagedKvCache, *, num_tokens: int | None = None
+    ) -> OffloadTicket:
+        """Queue the tier blocks that the policy wants stored and return at once.
+
+        Parameters
+        ----------
+        num_tokens : int, optional
+            Length of the sequence, from which the recent window counts; by default that of `blocks`.
+        """
+        self._check_source(source)
+        source.check_blocks(blocks.block_ids)
+        tokens = len(blocks.hashes) * self.block_size if num_tokens is None else num_tokens
+        refs = split_tier_blocks(
+            blocks, self.namespace(blocks.salt), self.block_size, self.policy.tier_block_tokens
+        )
+        return self._offloader.submit(refs[: self.policy.tier_blocks_to_offload(tokens)], source)
+
+    def onboard(self, blocks: SequenceBlocks, destination: PagedKvCache) -> OnboardHandle:
+        """Begin to put the KV of whole tier blocks into the engine's blocks and return at once.
+
+        Parameters
+        ----------
+        blocks : SequenceBlocks
+            As many leading blocks as `lookup` found; a rest that fills no tier block is left out.
+            Blocks with id -1 are decoded but not written.
+        """
+        self._check_source(destination)
+        destination.check_blocks(blocks.block_ids)
+        refs = split_tier_blocks(
+            blocks, self.namespace(blocks.salt), self.block_size, self.policy.tier_block_tokens
+        )
+        handle = self._onboarder.start(refs, destination)
+        self._onboards.add(handle)
+        handle.on_done(self._onboards.discard)
+        return handle
+
+    async def reset(self) -> None:
+        """Forget every stored object that is not in use."""
+        self._check_open()
+        await self.tiers.clear()
+
+    def status(self) -> AdapterStatus:
+        """Return counters and tier statistics."""
+        return AdapterStatus(self.counters.snapshot(), self.tiers.stats(), self._offloader.pending)
+
+    async def close(self) -> None:
+        """Cancel onboards, finish the offload in work, drop what waits, release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.gather(*(handle.cancel() for handle in list(self._onboards)))
+        await self._offloader.close()
+        self._offload_thread.shutdown(wait=False)
+        self._onboard_thread.shutdown(wait=False)
+        await self.tiers.close()
+        await self._staging.close()
+        await self._agent.close()
+
+    async def __aenter__(self) -> TierAdapter:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TierClosedError("this tier adapter is closed; open a new one")
+
+    def _check_source(self, cache: PagedKvCache) -> None:
+        self._check_open()
+        if cache.geometry != self.codec.geometry or cache.block_size != self.block_size:
+            raise ArtifactMismatchError(
+                f"the paged cache is {cache.geometry} in blocks of {cache.block_size} tokens, the codec "
+                f"serves {self.codec.geometry} in blocks of {self.block_size}; calibrate for this model"
+            )
