@@ -29,6 +29,7 @@ __all__ = [
     "make_table",
     "print_error",
     "print_json",
+    "print_line",
     "print_note",
     "print_table",
     "progress",
@@ -69,6 +70,11 @@ def print_table(table: Table) -> None:
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print a value as indented JSON to standard output, and nothing else with it."""
     typer.echo(json_module.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_line(text: str) -> None:
+    """Print one line of a result to standard output, as it is."""
+    typer.echo(text)
 
 
 def print_note(text: str) -> None:

@@ -1,0 +1,249 @@
+"""The settings: every key with its type, bounds, default and meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from dynamo_kvtc.config.units import Duration, Size
+
+__all__ = [
+    "CodecConfig",
+    "Config",
+    "DiskTierConfig",
+    "HostTierConfig",
+    "ObservabilityConfig",
+    "PipelineConfig",
+    "PolicyConfig",
+    "SecurityConfig",
+    "TierConfig",
+    "TransferConfig",
+    "json_schema",
+]
+
+
+def _resolve(value: object, info: ValidationInfo) -> object:
+    """Make a path absolute: ``~`` is the home folder, relative paths start at the file's folder."""
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError(f"{value!r} is not a path")
+    path = Path(value).expanduser()
+    folder = (info.context or {}).get("folder")
+    return Path(folder, path) if folder is not None else path
+
+
+#: A path; relative ones are resolved against the folder of the configuration file.
+ConfigPath = Annotated[Path, BeforeValidator(_resolve), WithJsonSchema({"type": "string", "minLength": 1})]
+
+
+class _Section(BaseModel):
+    """A mapping with known keys only. No value is coerced from another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class CodecConfig(_Section):
+    """How blocks are encoded at the boundary from G1 to the first tier."""
+
+    profile: Literal["kvtc", "raw"] = "kvtc"
+    """kvtc compresses with the artifact; raw stores the cache's exact bytes."""
+
+    ratio: Annotated[float, Field(ge=1, le=1024)] = 16.0
+    """Nominal ratio before entropy coding; the artifact must have a bit plan for it. Unused by raw."""
+
+    sink_bits: Literal[8, 16] = 8
+    """Bits per element of sink tokens: 8 (fp8 with a scale per head) or 16 (the cache's own bytes)."""
+
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the projections; auto is bfloat16 where the CPU multiplies it in hardware."""
+
+    threads: Annotated[int | None, Field(ge=1, le=1024)] = None
+    """Threads that entropy-code chunks; by default one per core this process may use."""
+
+
+class HostTierConfig(_Section):
+    """Host memory (G2): fast, and gone when the process ends."""
+
+    kind: Literal["host"]
+    """Chooses this kind of tier."""
+
+    capacity: Annotated[Size, Field(gt=0)]
+    """Bytes of memory to reserve at start; stored objects, headers included, never exceed it."""
+
+
+class DiskTierConfig(_Section):
+    """A folder on a local disk (G3), written by one process at a time; survives restarts."""
+
+    kind: Literal["disk"]
+    """Chooses this kind of tier."""
+
+    path: ConfigPath
+    """Folder of the tier's segment files; made if it is missing."""
+
+    capacity: Annotated[Size, Field(gt=0)]
+    """Bytes that the folder may take; the least recently used objects go first."""
+
+    segment_size: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
+    """Bytes of one segment file."""
+
+    durability: Literal["none", "fsync"] = "none"
+    """none leaves writing back to the kernel (a power cut may lose recent objects, never damage old
+    ones); fsync makes an object visible only when it is on the disk."""
+
+    direct_io: bool = False
+    """Bypass the page cache (O_DIRECT)."""
+
+
+TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="kind")]
+
+
+class PolicyConfig(_Section):
+    """Which tokens are offloaded."""
+
+    tier_block_tokens: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Tokens stored as one object; a multiple of the engine's block size."""
+
+    sink_tokens: Annotated[int, Field(ge=0, le=4096)] = 4
+    """First tokens of a sequence that are kept at codec.sink_bits."""
+
+    recent_window: Annotated[int, Field(ge=0)] = 128
+    """Last tokens of a sequence that are not offloaded; the engine recomputes them."""
+
+    minimum_tokens: Annotated[int, Field(ge=0)] = 512
+    """Sequences shorter than this are not offloaded."""
+
+    @model_validator(mode="after")
+    def _sinks_fit(self) -> PolicyConfig:
+        if self.sink_tokens > self.tier_block_tokens:
+            raise ValueError(
+                f"sink_tokens ({self.sink_tokens}) must fit into one tier block "
+                f"({self.tier_block_tokens} tokens)"
+            )
+        return self
+
+
+class TransferConfig(_Section):
+    """NIXL transfers."""
+
+    timeout: Annotated[Duration, Field(gt=0)] = 30.0
+    """Deadline of one transfer; a transfer that misses it fails, and its block is a miss."""
+
+    staging: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
+    """Bytes of registered memory that transfers pass through; bounds what is in flight."""
+
+    max_descriptors: Annotated[int, Field(ge=1, le=65536)] = 16384
+    """Most descriptors in flight; more than 65536 kill NIXL's backends."""
+
+    io_uring: bool = True
+    """Read and write files with io_uring where a trial transfer at start shows that it works; Linux
+    AIO otherwise."""
+
+
+class PipelineConfig(_Section):
+    """Offload and onboard."""
+
+    offload_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Tier blocks that may wait to be encoded; further offloads are dropped and counted."""
+
+    offload_batch: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Tier blocks gathered and encoded in one go."""
+
+    onboard_timeout: Annotated[Duration, Field(gt=0)] = 30.0
+    """Deadline of one onboard; when it passes the engine recomputes."""
+
+    transfers_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
+    """Reads of one onboard that may be in flight or wait for decoding; bounds its staging memory."""
+
+
+class ObservabilityConfig(_Section):
+    """What the process says about itself."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log lines to write to standard error."""
+
+
+class SecurityConfig(_Section):
+    """Who may share what."""
+
+    salt: str = ""
+    """Part of every tier key: workers with different salts never see each other's blocks."""
+
+
+def _check_tiers(tiers: list[TierConfig]) -> list[TierConfig]:
+    """Refuse orders and places that contradict each other."""
+    kinds = [tier.kind for tier in tiers]
+    if kinds.count("host") > 1:
+        raise ValueError("there can be one host tier; give it the sum of the capacities")
+    if "host" in kinds[1:]:
+        raise ValueError("tiers are listed from fast to slow: the host tier comes first")
+    places = [tier.path.resolve() for tier in tiers if isinstance(tier, DiskTierConfig)]
+    for index, place in enumerate(places):
+        for other in places[:index]:
+            if place == other or place in other.parents or other in place.parents:
+                raise ValueError(f"two disk tiers cannot share a folder: {other} and {place}")
+    return tiers
+
+
+class Config(_Section):
+    """The configuration of dynamo_kvtc."""
+
+    artifact: ConfigPath | None = None
+    """Folder that `dynamo-kvtc calibrate` wrote for the model; needed unless codec.profile is raw."""
+
+    codec: CodecConfig = CodecConfig()
+    """How blocks are encoded."""
+
+    tiers: Annotated[list[TierConfig], Field(min_length=1, max_length=8), AfterValidator(_check_tiers)]
+    """Where encoded blocks live, from fast to slow."""
+
+    policy: PolicyConfig = PolicyConfig()
+    """Which tokens are offloaded."""
+
+    transfer: TransferConfig = TransferConfig()
+    """How bytes move."""
+
+    pipeline: PipelineConfig = PipelineConfig()
+    """How offload and onboard run."""
+
+    observability: ObservabilityConfig = ObservabilityConfig()
+    """Logs."""
+
+    security: SecurityConfig = SecurityConfig()
+    """Isolation between tenants."""
+
+    @field_validator("codec", "policy", "transfer", "pipeline", "observability", "security", mode="before")
+    @classmethod
+    def _empty_section(cls, value: object) -> object:
+        # A section whose lines are all commented out reads as null.
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _artifact_given(self) -> Config:
+        if self.codec.profile != "raw" and self.artifact is None:
+            raise ValueError(
+                f"codec.profile {self.codec.profile} needs artifact: name the folder that "
+                "`dynamo-kvtc calibrate` wrote, or set codec.profile to raw"
+            )
+        return self
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of the configuration file."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    for model in _Section.__subclasses__():
+        # Defaults as a person would write them: 256MiB, 30s.
+        properties = (schema if model is Config else schema["$defs"][model.__name__])["properties"]
+        for name, default in model.model_construct().model_dump(mode="json").items():
+            properties[name]["default"] = default
+    return schema

@@ -1,0 +1,121 @@
+"""Sizes and durations with units, as pydantic field types."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+__all__ = ["Duration", "Size", "format_duration", "format_size", "parse_duration", "parse_size"]
+
+_SIZE_UNITS: dict[str, int] = {
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}i": 1024**power for power, letter in enumerate("kmgt", 1)},
+}
+
+_DURATION_UNITS: dict[str, Fraction] = {
+    "us": Fraction(1, 1_000_000),
+    "ms": Fraction(1, 1000),
+    "s": Fraction(1),
+    "min": Fraction(60),
+    "h": Fraction(3600),
+}
+
+_QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]+)")
+
+
+def _split(text: str) -> tuple[Fraction, str] | None:
+    """Split a quantity such as ``1.5 GiB`` into its number and its unit."""
+    match = _QUANTITY.fullmatch(text.strip())
+    return (Fraction(match[1]), match[2]) if match else None
+
+
+def parse_size(value: object) -> int:
+    """Return a size in bytes.
+
+    Parameters
+    ----------
+    value : object
+        An integer number of bytes, or a string such as ``"4GiB"``, ``"500 MB"``, ``"8Gi"``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or not a whole number of bytes.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    quantity = _split(value) if isinstance(value, str) else None
+    if quantity is None or quantity[1].lower() not in _SIZE_UNITS:
+        raise ValueError(f"{value!r} is not a size; write for example 4GiB, 500MB or a number of bytes")
+    nbytes = quantity[0] * _SIZE_UNITS[quantity[1].lower()]
+    if nbytes.denominator != 1:
+        raise ValueError(f"{value!r} is not a whole number of bytes")
+    return int(nbytes)
+
+
+def format_size(nbytes: int) -> str:
+    """Write a size exactly, in the largest binary unit that divides it: ``4294967296`` is ``4GiB``."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes and nbytes % 1024**power == 0:
+            return f"{nbytes // 1024**power}{unit}"
+    return f"{nbytes}B"
+
+
+def parse_duration(value: object) -> float:
+    """Return a duration in seconds.
+
+    Parameters
+    ----------
+    value : object
+        A string with a unit: ``"200ms"``, ``"5s"``, ``"1.5 min"``. A bare number is refused, since
+        nobody can tell whether it means seconds or milliseconds.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else.
+    """
+    quantity = _split(value) if isinstance(value, str) else None
+    if quantity is None or quantity[1].lower() not in _DURATION_UNITS:
+        raise ValueError(f"{value!r} is not a duration; write for example 200ms, 5s or 2min")
+    return float(quantity[0] * _DURATION_UNITS[quantity[1].lower()])
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration in the largest unit that gives a whole number: ``0.2`` is ``200ms``."""
+    exact = Fraction(seconds).limit_denominator(1_000_000)
+    for unit in ("h", "min", "s", "ms"):
+        count = exact / _DURATION_UNITS[unit]
+        if count and count.denominator == 1:
+            return f"{count}{unit}"
+    return f"{float(exact * 1_000_000):g}us"
+
+
+#: Bytes, written as an integer or as a string with a unit.
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(format_size, return_type=str, when_used="json"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmMgGtT][iI]?)?[bB]\s*$"},
+                {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*[kKmMgGtT]i\s*$"},
+            ]
+        }
+    ),
+]
+
+#: Seconds, written as a string with a unit.
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    PlainSerializer(format_duration, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s|min|h)\s*$"}),
+]
