@@ -16,6 +16,8 @@ import torch
 
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
+from dynamo_kvtc.codec.header import MAX_POSITION, MAX_TOKENS
+from dynamo_kvtc.errors import LayoutError
 
 __all__ = ["BINDING_BYTES", "Buffer", "KvCodec", "TierBlock"]
 
@@ -46,6 +48,35 @@ class TierBlock:
     first_position: int
     sink_tokens: int = 0
     binding: bytes = bytes(BINDING_BYTES)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the block."""
+        return int(self.keys.shape[0])
+
+    def check(self, geometry: KvGeometry) -> None:
+        """Check that the block has a cache's shape and dtype and numbers that a header can carry.
+
+        Raises
+        ------
+        LayoutError
+            If it has not.
+        """
+        shape = (self.num_tokens, geometry.num_layers, geometry.num_kv_heads, geometry.head_size)
+        for name, tensor in (("keys", self.keys), ("values", self.values)):
+            if tuple(tensor.shape) != shape or tensor.dtype != geometry.torch_dtype:
+                raise LayoutError(
+                    f"the block's {name} are {tensor.dtype} {list(tensor.shape)}, the codec takes "
+                    f"{geometry.torch_dtype} {list(shape)}"
+                )
+        if not 1 <= self.num_tokens <= MAX_TOKENS:
+            raise LayoutError(f"a block of {self.num_tokens} tokens; streams hold 1 to {MAX_TOKENS}")
+        if not 0 <= self.sink_tokens <= self.num_tokens:
+            raise LayoutError(f"{self.sink_tokens} sink tokens in a block of {self.num_tokens} tokens")
+        if not 0 <= self.first_position <= MAX_POSITION - self.num_tokens:
+            raise LayoutError(f"a block at position {self.first_position}; positions end at {MAX_POSITION}")
+        if len(self.binding) != BINDING_BYTES:
+            raise LayoutError(f"a binding has {BINDING_BYTES} bytes, not {len(self.binding)}")
 
 
 class KvCodec(ABC):

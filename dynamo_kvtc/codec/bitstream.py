@@ -16,6 +16,7 @@ import xxhash
 from dynamo_kvtc.codec.entropy import STORE, Buffer, EntropyCoder, find_coder
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.header import (
+    ALIGNMENT,
     VERSION,
     Chunk,
     Profile,
@@ -109,9 +110,10 @@ def encode_chunk(plain: Buffer, coder: EntropyCoder) -> EncodedChunk:
     SizeLimitError
         If `plain` is longer than the coder's chunks may be.
     """
-    data = coder.encode(plain)
-    if len(data) < len(plain):
-        return EncodedChunk(coder.coder_id, len(plain), data)
+    if coder.coder_id != STORE:
+        data = coder.encode(plain)
+        if len(data) < len(plain):
+            return EncodedChunk(coder.coder_id, len(plain), data)
     return EncodedChunk(STORE, len(plain), plain)
 
 
@@ -140,12 +142,10 @@ def write_stream(header: StreamHeader, sections: Sequence[Section]) -> bytes:
             Chunk(section.layers, section.kind, piece.coder_id, offset, size, piece.plain_size, checksum)
         )
         offset = align(offset + size)
-    packed = pack_header(replace(header, chunks=tuple(chunks)))
-    stream = bytearray(offset)
-    stream[: len(packed)] = packed
-    for chunk, (_, piece) in zip(chunks, pieces, strict=True):
-        stream[chunk.offset : chunk.offset + chunk.stored_size] = piece.data
-    return bytes(stream)
+    parts: list[Buffer] = [pack_header(replace(header, chunks=tuple(chunks)))]
+    for _, piece in pieces:
+        parts += piece.data, bytes(-len(piece.data) % ALIGNMENT)
+    return b"".join(parts)
 
 
 def read_section(

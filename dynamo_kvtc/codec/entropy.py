@@ -221,7 +221,7 @@ def _load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             register_coder(entry.load()())
-        except Exception:  # noqa: PERF203
+        except Exception:
             # A broken plug-in must not take down streams that do not need it.
             _log.exception("entropy coder %r (%s) cannot be loaded", entry.name, entry.value)
     _entry_points_loaded = True
