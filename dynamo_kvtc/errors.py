@@ -29,6 +29,7 @@ __all__ = [
     "ObjectMissingError",
     "OnboardCancelledError",
     "OnboardError",
+    "PayloadError",
     "ReservedBitsError",
     "RopeError",
     "SizeLimitError",
@@ -136,6 +137,10 @@ class UnknownCoderError(BitstreamError):
 
 class EntropyDecodeError(BitstreamError):
     """A chunk's bytes are not a valid stream of its entropy coder, or decode to another length."""
+
+
+class PayloadError(BitstreamError):
+    """A section's payload holds numbers that no encoder writes: NaN or infinity."""
 
 
 class StreamMismatchError(BitstreamError):
