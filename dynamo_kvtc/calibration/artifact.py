@@ -1,0 +1,244 @@
+"""Read artifacts: a folder with ``artifact.json`` and ``parameters.safetensors``.
+
+The id of an artifact is a hash of its content. It is verified whenever an artifact is loaded, and it is
+part of every stream and every tier key, so KV can only be decoded with the parameters that encoded it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+
+from dynamo_kvtc.calibration.fingerprint import ModelFingerprint
+from dynamo_kvtc.calibration.manifest import HeadShard, Manifest, SideManifest
+from dynamo_kvtc.codec.geometry import CACHE_DTYPES, KvGeometry, LayerRange
+from dynamo_kvtc.codec.parameters import CodecParameters, GroupParameters, SideParameters
+from dynamo_kvtc.codec.plan import BitPlan, PlanGroup, QuantType
+from dynamo_kvtc.codec.rope import RopeParameters
+from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, KvtcError
+
+__all__ = ["MANIFEST_NAME", "PARAMETERS_NAME", "Artifact", "load_artifact"]
+
+MANIFEST_NAME = "artifact.json"
+PARAMETERS_NAME = "parameters.safetensors"
+
+#: Bounds on what a reader takes into memory before it has verified anything.
+_MANIFEST_BYTES = 64 << 20
+_TENSOR_HEADER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A verified artifact.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it was loaded from.
+    manifest : Manifest
+        Its ``artifact.json``.
+    parameters : CodecParameters
+        What a codec needs.
+    variances : Mapping[tuple[int, str], torch.Tensor]
+        float32 ``[rank]``, variance of each stored component, by layer group and side.
+    """
+
+    folder: Path
+    manifest: Manifest
+    parameters: CodecParameters
+    variances: Mapping[tuple[int, str], torch.Tensor]
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """Identity of the model that the artifact was calibrated for."""
+        return ModelFingerprint(
+            self.manifest.model.architecture,
+            self.parameters.geometry,
+            self.parameters.rope,
+            self.manifest.model.weights_hash,
+        )
+
+    def check_model(
+        self, geometry: KvGeometry, rope: RopeParameters, weights_hash: str | None = None
+    ) -> None:
+        """Refuse a model other than the calibrated one.
+
+        Parameters
+        ----------
+        geometry : KvGeometry
+            Shape and dtype of the running model's whole cache; an engine that holds a part of the heads
+            has another shape, and is refused.
+        rope : RopeParameters
+            How the running model rotates keys.
+        weights_hash : str, optional
+            `dynamo_kvtc.calibration.fingerprint.hash_weights` of its folder; not compared when absent.
+
+        Raises
+        ------
+        ArtifactMismatchError
+            Naming everything that differs.
+        """
+        own = self.parameters.geometry
+        differences = [
+            f"{name.replace('_', ' ')} {getattr(geometry, name)} instead of {getattr(own, name)}"
+            for name in ("num_layers", "num_kv_heads", "head_size", "dtype")
+            if getattr(geometry, name) != getattr(own, name)
+        ]
+        if rope != self.parameters.rope:
+            differences.append(f"RoPE {rope} instead of {self.parameters.rope}")
+        if weights_hash is not None and weights_hash != self.manifest.model.weights_hash:
+            differences.append("other weights")
+        if differences:
+            raise ArtifactMismatchError(
+                f"the artifact {self.folder} ({self.manifest.model.architecture}) does not fit the running "
+                f"model: {'; '.join(differences)}. Point to the right artifact, or calibrate for this model "
+                "with `dynamo-kvtc calibrate`"
+            )
+
+
+def load_artifact(folder: str | Path) -> Artifact:
+    """Read and verify an artifact.
+
+    Raises
+    ------
+    ArtifactFormatError
+        If a part is missing, unreadable, too large, not as the schema says, or damaged.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    tensors = _read_tensors(folder, manifest)
+    try:
+        return _assemble(folder, manifest, tensors)
+    except ArtifactFormatError:
+        raise
+    except KvtcError as error:
+        raise ArtifactFormatError(f"the artifact {folder} contradicts itself: {error}") from error
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = Manifest.model_validate_json(_read_bounded(path, _MANIFEST_BYTES))
+    except FileNotFoundError as error:
+        raise ArtifactFormatError(
+            f"{folder} holds no artifact ({MANIFEST_NAME} is missing); make one with `dynamo-kvtc calibrate`"
+        ) from error
+    except OSError as error:
+        raise ArtifactFormatError(f"cannot read {path}: {error}; check the path and its rights") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactFormatError(
+            f"{path} is damaged or of another version ({place}: {first['msg']}); "
+            "copy the artifact anew or recalibrate"
+        ) from error
+    if manifest.content_id() != manifest.id:
+        raise ArtifactFormatError(
+            f"{path} was changed after calibration (its content id does not match); "
+            "copy the artifact anew or recalibrate"
+        )
+    return manifest
+
+
+def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    path = folder / PARAMETERS_NAME
+    damaged = f"{path} is damaged; copy the artifact anew or recalibrate"
+    expected = _tensor_layout(manifest)
+    content = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())
+    if not content <= manifest.parameters.size <= content + _TENSOR_HEADER_BYTES:
+        raise ArtifactFormatError(f"{damaged} (its size does not fit the manifest)")
+    try:
+        data = _read_bounded(path, manifest.parameters.size)
+    except OSError as error:
+        raise ArtifactFormatError(f"cannot read {path}: {error}; copy the artifact anew") from error
+    if len(data) != manifest.parameters.size or _hash(data) != manifest.parameters.blake2b:
+        raise ArtifactFormatError(damaged)
+    try:
+        tensors = load_tensors(data)
+    except SafetensorError as error:
+        raise ArtifactFormatError(f"{damaged} ({error})") from error
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if found != expected:
+        raise ArtifactFormatError(f"{damaged} (its tensors are not those of the manifest)")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ArtifactFormatError(f"{path} holds NaN or infinity; recalibrate")
+    return tensors
+
+
+def _tensor_layout(manifest: Manifest) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return shape and dtype of every tensor that the manifest promises."""
+    layout = {}
+    layer_size = manifest.model.num_kv_heads * manifest.model.head_size
+    for index, group in enumerate(manifest.groups):
+        row = group.num_layers * layer_size
+        for name, side in (("keys", group.keys), ("values", group.values)):
+            basis_dtype = CACHE_DTYPES[manifest.parameters.basis_dtype]
+            layout[f"{index}.{name}.mean"] = (torch.Size([row]), torch.float32)
+            layout[f"{index}.{name}.basis"] = (torch.Size([side.rank, row]), basis_dtype)
+            layout[f"{index}.{name}.variances"] = (torch.Size([side.rank]), torch.float32)
+    return layout
+
+
+def _assemble(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Artifact:
+    model = manifest.model
+    per_layer = [len(errors) for entry in manifest.expected_error for errors in (entry.keys, entry.values)]
+    if any(length != model.num_layers for length in per_layer):
+        raise ArtifactFormatError(f"the expected errors of {folder} are not one per layer")
+    if manifest.head_shard != HeadShard(first=0, count=model.num_kv_heads, total=model.num_kv_heads):
+        raise ArtifactFormatError(
+            f"the artifact {folder} covers a part of the KV heads only, which this version cannot use"
+        )
+    ratios = {entry.plan_id: entry.ratio for entry in manifest.ratios}
+    groups = []
+    for index, group in enumerate(manifest.groups):
+        keys, values = (
+            SideParameters(
+                mean=tensors[f"{index}.{name}.mean"],
+                basis=tensors[f"{index}.{name}.basis"].float(),
+                plans=_plans(folder, side, ratios),
+            )
+            for name, side in (("keys", group.keys), ("values", group.values))
+        )
+        groups.append(GroupParameters(LayerRange(group.first_layer, group.num_layers), keys, values))
+    parameters = CodecParameters(
+        artifact_id=bytes.fromhex(manifest.id),
+        geometry=KvGeometry(model.num_layers, model.num_kv_heads, model.head_size, model.dtype),
+        rope=RopeParameters.from_dict(model.rope),
+        groups=tuple(groups),
+        ratios=ratios,
+    )
+    variances = {
+        (index, name): tensors[f"{index}.{name}.variances"]
+        for index in range(len(groups))
+        for name in ("keys", "values")
+    }
+    return Artifact(folder, manifest, parameters, variances)
+
+
+def _plans(folder: Path, side: SideManifest, ratios: Mapping[int, float]) -> dict[int, BitPlan]:
+    plans = {
+        plan.plan_id: BitPlan(
+            tuple(PlanGroup(start, size, QuantType[name.upper()]) for start, size, name in plan.groups)
+        )
+        for plan in side.plans
+    }
+    if plans.keys() != ratios.keys() or len(plans) != len(side.plans):
+        raise ArtifactFormatError(f"the artifact {folder} lacks a bit plan for one of its ratios")
+    return plans
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes; of a longer one, only its beginning and one byte more."""
+    with path.open("rb") as file:
+        return file.read(min(limit + 1, path.stat().st_size + 1))
+
+
+def _hash(data: bytes) -> str:
+    return blake2b(data, digest_size=32).hexdigest()

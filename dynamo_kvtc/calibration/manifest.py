@@ -1,0 +1,163 @@
+"""The schema of ``artifact.json``: everything in an artifact that is not a tensor.
+
+Every size is bounded here, before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CalibrationRecord",
+    "ExpectedError",
+    "GroupManifest",
+    "HeadShard",
+    "Manifest",
+    "ModelManifest",
+    "ParametersFile",
+    "PlanManifest",
+    "RatioManifest",
+    "SideManifest",
+]
+
+#: Version of the schema; it changes when an older reader could misread the artifact.
+SCHEMA_VERSION: Literal[1] = 1
+
+#: Elements of one row: more than any model has, few enough that a damaged file cannot exhaust memory.
+_MAXIMUM_ROW = 1 << 20
+
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Count = Annotated[int, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Ratio = Annotated[float, Field(gt=1, le=4096, allow_inf_nan=False)]
+_PlanId = Annotated[int, Field(ge=0, le=255)]
+_Dimension = Annotated[int, Field(ge=1, le=4096)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class HeadShard(_Strict):
+    """Which of the model's KV heads the artifact covers."""
+
+    first: _Count
+    count: _Dimension
+    total: _Dimension
+
+
+class ModelManifest(_Strict):
+    """Fingerprint of the calibrated model."""
+
+    architecture: Annotated[str, Field(max_length=256)]
+    num_layers: _Dimension
+    num_kv_heads: _Dimension
+    head_size: _Dimension
+    dtype: Literal["bfloat16", "float16", "float32"]
+    rope: dict[str, Any]
+    weights_hash: _Hash
+
+
+class CalibrationRecord(_Strict):
+    """What the artifact was calibrated on and how."""
+
+    text_digest: _Hash
+    input_digest: _Hash
+    documents: _Count
+    document_tokens: _Count
+    rows: _Count
+    sample_rows: _Count
+    sink_tokens: _Count
+    recent_window: _Count
+    method: Literal["eigh", "randomised"]
+    seed: int
+
+
+class RatioManifest(_Strict):
+    """A nominal ratio and the id of its bit plans."""
+
+    plan_id: _PlanId
+    ratio: _Ratio
+
+
+class PlanManifest(_Strict):
+    """The bit plan of one side of one layer group."""
+
+    plan_id: _PlanId
+    bits_per_token: _Count
+    groups: Annotated[
+        list[tuple[_Count, _Dimension, Literal["int2", "int4", "fp8"]]], Field(max_length=_MAXIMUM_ROW)
+    ]
+
+
+class SideManifest(_Strict):
+    """Keys or values of one layer group.
+
+    `rank` counts the stored components, `total_variance` the variance of all, stored or not, per token.
+    """
+
+    rank: Annotated[int, Field(ge=0, le=_MAXIMUM_ROW)]
+    total_variance: _Share
+    explained_variance: _Share
+    plans: Annotated[list[PlanManifest], Field(min_length=1, max_length=256)]
+
+
+class GroupManifest(_Strict):
+    """One layer group."""
+
+    first_layer: _Count
+    num_layers: _Dimension
+    keys: SideManifest
+    values: SideManifest
+
+
+class ExpectedError(_Strict):
+    """Relative squared error of centred keys and values, per layer, at one nominal ratio.
+
+    Measured on the calibration sample: the squared error of decoded rows over their variance.
+    """
+
+    plan_id: _PlanId
+    keys: list[_Share]
+    values: list[_Share]
+
+
+class ParametersFile(_Strict):
+    """The tensors' file; its hash stands for them in the artifact's id."""
+
+    name: Literal["parameters.safetensors"] = "parameters.safetensors"
+    size: _Count
+    blake2b: _Hash
+    basis_dtype: Literal["float16", "bfloat16", "float32"]
+
+
+class Manifest(_Strict):
+    """The whole of ``artifact.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: _Hash
+    profile: Literal["kvtc"] = "kvtc"
+    tool_version: Annotated[str, Field(max_length=64)]
+    model: ModelManifest
+    head_shard: HeadShard
+    calibration: CalibrationRecord
+    ratios: Annotated[list[RatioManifest], Field(min_length=1, max_length=256)]
+    groups: Annotated[list[GroupManifest], Field(min_length=1, max_length=4096)]
+    expected_error: list[ExpectedError]
+    parameters: ParametersFile
+
+    def content_id(self) -> str:
+        """Return the hex BLAKE2b-256 over the canonical JSON of everything but the id.
+
+        Canonical: UTF-8, keys sorted, no white space, floats as Python's `repr` writes them.
+        """
+        content = self.model_dump(mode="json", exclude={"id"})
+        canonical = json.dumps(
+            content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+        return blake2b(canonical.encode(), digest_size=32).hexdigest()

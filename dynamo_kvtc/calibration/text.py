@@ -1,0 +1,119 @@
+"""Cut documents for calibration out of text files, evenly and without reading the files whole."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from dynamo_kvtc.errors import CalibrationError
+
+__all__ = ["Documents", "hash_files"]
+
+#: Bytes read for a document, per token wanted; English has 4 to 5 bytes a token, other scripts more.
+_BYTES_PER_TOKEN = 8
+
+_READ_BYTES = 1 << 20
+
+
+class Documents:
+    """Token ids of `count` documents, from all files in turn.
+
+    Every file is divided into as many equal stretches as it gives documents; a document begins at the
+    first line within its stretch, at a place that the seed chooses, and does not leave the stretch.
+
+    Parameters
+    ----------
+    files : Sequence[Path]
+        UTF-8 text.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's own; the special tokens that it puts before a text are put before every document.
+    tokens, document_tokens : int
+        Tokens in all, and in one document. Documents may be shorter where a file is too small.
+    seed : int
+        Chooses where documents begin.
+
+    Raises
+    ------
+    CalibrationError
+        If a file cannot be read or is not UTF-8 text.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], tokenizer: Any, *, tokens: int, document_tokens: int, seed: int
+    ) -> None:
+        if not files:
+            raise CalibrationError("calibration needs text: name at least one file")
+        self._files = tuple(files)
+        self._tokenizer = tokenizer
+        self._document_tokens = document_tokens
+        self._seed = seed
+        self.count = max(1, -(-tokens // document_tokens))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[index] for index in range(self.count))
+
+    def __getitem__(self, index: int) -> list[int]:
+        """Return the token ids of one document; the same for the same arguments."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"document {index} of {self.count}")
+        file_index, turn = index % len(self._files), index // len(self._files)
+        turns = -(-(self.count - file_index) // len(self._files))
+        text = self._read_stretch(self._files[file_index], turn, turns)
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids[: self._document_tokens]
+
+    def _read_stretch(self, path: Path, turn: int, turns: int) -> str:
+        wanted = self._document_tokens * _BYTES_PER_TOKEN
+        try:
+            size = path.stat().st_size
+            first, stop = size * turn // turns, size * (turn + 1) // turns
+            slack = max(0, stop - first - wanted)
+            start = first + random.Random(f"{self._seed}:{path.name}:{turn}").randint(0, slack)
+            with path.open("rb") as file:
+                file.seek(start)
+                data = file.read(min(wanted, stop - start))
+        except OSError as error:
+            raise CalibrationError(f"cannot read the text {path}: {error}") from error
+        if start > 0:
+            data = data[data.find(b"\n") + 1 :]  # begin with a line, so never inside a character either
+        try:
+            return data[: _whole_characters(data)].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CalibrationError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """Return the hex BLAKE2b-256 over names, sizes and content of text files.
+
+    Raises
+    ------
+    CalibrationError
+        If one cannot be read.
+    """
+    whole = blake2b(digest_size=32)
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                digest = blake2b(digest_size=32)
+                while piece := file.read(_READ_BYTES):
+                    digest.update(piece)
+        except OSError as error:
+            raise CalibrationError(f"cannot read the text {path}: {error}") from error
+        whole.update(path.name.encode() + b"\0" + digest.digest())
+    return whole.hexdigest()
+
+
+def _whole_characters(data: bytes) -> int:
+    """Return the length of `data` without a UTF-8 character that its end cuts in two."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:
+            needed = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(data) - back if needed > back else len(data)
+    return len(data)
