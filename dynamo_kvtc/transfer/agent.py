@@ -1,3 +1,448 @@
-"""The NIXL agent: one owner thread, awaitable transfers."""
+"""The transfer agent: registered memory and files, and awaitable transfers between them.
+
+Every transfer has a deadline. One that is cancelled or misses its deadline is abandoned: it goes on
+until NIXL has drained it, because NIXL's handles must not be released in flight, and until then its
+buffers are parked (`TransferAgent.on_drained` tells when they are free). If it never drains, NIXL's agent
+is taken for broken and a fresh one takes over.
+
+Memory to memory goes over UCX with the agent itself as the remote side; within one process that is a
+copy in the thread that owns NIXL. UCX reads its own environment: unset, it works; if the engine sets
+`UCX_TLS`, the list must allow tcp or a fabric, because shared memory alone cannot report failures.
+
+After a fork the child must not use its parent's agent: spawn, or create the agent in the child.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dynamo_kvtc.errors import TransferError, TransferTimeoutError
+from dynamo_kvtc.transfer.backend import DRAM, FILE, MEMORY_BACKENDS, POSIX, UCX
+from dynamo_kvtc.transfer.descriptors import Span, cut_pairs
+from dynamo_kvtc.transfer.files import FileRegion, FileSpan
+from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
+from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
+from dynamo_kvtc.transfer.parking import ParkedBuffers
+from dynamo_kvtc.transfer.settings import AgentSettings
+
+__all__ = ["AgentStats", "TransferAgent"]
+
+T = TypeVar("T")
+
+#: Owners stuck in a transfer that may be replaced before the agent gives up: the storage itself is gone.
+_MAX_STUCK_OWNERS = 4
+
+#: How long registering, deregistering and replacing NIXL's agent may take.
+_CONTROL_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStats:
+    """Counters since the agent was created.
+
+    ``busy_s`` is the time during which at least one transfer was in flight; ``parked`` counts abandoned
+    transfers that have not drained; ``replaced`` how often NIXL's agent was taken for broken.
+    """
+
+    bytes_copied: int
+    bytes_read: int
+    bytes_written: int
+    transfers: int
+    failed: int
+    timed_out: int
+    in_flight: int
+    parked: int
+    replaced: int
+    busy_s: float
+    file_mode: str
+
+
+class TransferAgent:
+    """Moves bytes between registered memory and files. Make one with `create`; one event loop owns it."""
+
+    def __init__(self, settings: AgentSettings, owner: OwnerThread) -> None:
+        self._settings = settings
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._slots = asyncio.Semaphore(settings.max_transfers)
+        self._memory: set[MemoryRegion] = set()
+        self._files: set[FileRegion] = set()
+        self._active: set[Transfer] = set()
+        self._parked = ParkedBuffers()
+        self._retired: list[OwnerThread] = []
+        self._broken: TransferError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ready = asyncio.Event()
+        self._ready.set()
+        self._replacing: asyncio.Task[None] | None = None
+        self._closed = False
+        self._moved = {"copy": 0, "read": 0, "write": 0}
+        self._transfers = self._failed = self._timed_out = self._replaced = 0
+        self._busy_s, self._busy_since = 0.0, 0.0
+
+    @classmethod
+    async def create(cls, settings: AgentSettings | None = None) -> TransferAgent:
+        """Start NIXL with its UCX and POSIX backends and try both.
+
+        Raises
+        ------
+        MissingDependencyError
+            If no NIXL package is installed.
+        TransferError
+            If a backend does not work on this machine.
+        """
+        settings = settings or AgentSettings()
+        owner = OwnerThread(settings)
+        await _finished(owner.start(), "starting NIXL")
+        return cls(settings, owner)
+
+    # --- regions ---------------------------------------------------------------------------------
+
+    async def allocate(self, nbytes: int) -> MemoryRegion:
+        """Allocate and register page-aligned, zeroed host memory of `nbytes` bytes.
+
+        Physical pages are taken as they are first written.
+        """
+        self._check_usable()
+        if nbytes < 1:
+            raise ValueError(f"a region needs at least one byte, not {nbytes}")
+        try:
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise TransferError(f"cannot allocate {nbytes} bytes of host memory: {error}") from error
+        region = MemoryRegion(np.frombuffer(memory, dtype=np.uint8), None)
+        await self._register(region)
+        self._memory.add(region)
+        return region
+
+    async def free(self, region: MemoryRegion) -> None:
+        """Deregister a region; its memory goes when nothing refers to it any more. Idempotent.
+
+        While an abandoned transfer may still touch the region, that waits until it has drained.
+        """
+        if region in self._memory:
+            self._memory.discard(region)
+            self.on_drained(region, lambda: self._release(region))
+
+    async def open_file(
+        self, path: str | os.PathLike[str], *, nbytes: int, flags: int = os.O_RDWR
+    ) -> FileRegion:
+        """Open and register a file of which bytes ``[0, nbytes)`` may be transferred.
+
+        Parameters
+        ----------
+        flags : int
+            As for `os.open`; files are created with mode 0600.
+
+        Raises
+        ------
+        OSError
+            From opening the file.
+        """
+        self._check_usable()
+        fd = await asyncio.to_thread(os.open, path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            return await self.register_file(fd, nbytes, name=Path(path).name, owns_fd=True)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    async def register_file(
+        self, fd: int, nbytes: int, *, name: str = "", owns_fd: bool = False
+    ) -> FileRegion:
+        """Register an open file descriptor of which bytes ``[0, nbytes)`` may be transferred."""
+        self._check_usable()
+        region = FileRegion(fd, nbytes, name or f"file {fd}", owns_fd, None)
+        await self._register(region)
+        self._files.add(region)
+        return region
+
+    async def close_file(self, region: FileRegion) -> None:
+        """Deregister a file and close its descriptor if the agent opened it. Idempotent.
+
+        While an abandoned transfer may still touch the file, that waits until it has drained.
+        """
+        if region in self._files:
+            self._files.discard(region)
+            self.on_drained(region, lambda: self._release(region))
+
+    # --- transfers -------------------------------------------------------------------------------
+
+    async def copy(self, pairs: Sequence[tuple[MemorySpan, MemorySpan]], timeout_s: float) -> None:
+        """Copy memory to memory, all ``(source, destination)`` pairs as one transfer.
+
+        Raises
+        ------
+        ValueError
+            If a pair's spans differ in length or belong to a region this agent does not hold.
+        TransferTimeoutError
+            If it did not finish in time; see `on_drained` for when its buffers are free.
+        TransferError
+            If it failed; the destination's contents are undefined.
+        """
+        await self._move("copy", "WRITE", UCX, DRAM, pairs, timeout_s)
+
+    async def read_file(self, pairs: Sequence[tuple[FileSpan, MemorySpan]], timeout_s: float) -> None:
+        """Read ``(source, destination)`` pairs as one transfer; raises as `copy` does.
+
+        Reading beyond the end of a file is a `TransferError`.
+        """
+        await self._move("read", "READ", POSIX, FILE, [(into, source) for source, into in pairs], timeout_s)
+
+    async def write_file(self, pairs: Sequence[tuple[MemorySpan, FileSpan]], timeout_s: float) -> None:
+        """Write ``(source, destination)`` pairs as one transfer; raises as `copy` does. Never syncs."""
+        await self._move("write", "WRITE", POSIX, FILE, pairs, timeout_s)
+
+    async def _move(
+        self,
+        kind: str,
+        operation: str,
+        backend: str,
+        remote_kind: str,
+        pairs: Sequence[tuple[MemorySpan, Span]],
+        timeout_s: float,
+    ) -> None:
+        self._check_usable()
+        self._check_held(pairs)
+        local, remote = cut_pairs(pairs, self._settings.max_post_bytes)
+        if not len(local):
+            return
+        ends: dict[int, int] = {}
+        if kind == "read":
+            for fd in set(remote[:, 2].tolist()):
+                rows = remote[remote[:, 2] == fd]
+                ends[fd] = int((rows[:, 0] + rows[:, 1]).max())
+        deadline = self._loop.time() + timeout_s
+        await self._acquire_slot(timeout_s)
+        finished: asyncio.Future[None] = self._loop.create_future()
+        transfer = Transfer(operation, backend, remote_kind, local, remote, ends, self._report(finished))
+        self._started(transfer)
+        self._owner.submit(transfer)
+        try:
+            await asyncio.wait({finished}, timeout=max(0.0, deadline - self._loop.time()))
+        except asyncio.CancelledError:
+            self._abandon(transfer, finished, pairs)
+            raise
+        if not finished.done():
+            self._timed_out += 1
+            self._abandon(transfer, finished, pairs)
+            nbytes = int(local[:, 1].sum())
+            raise TransferTimeoutError(
+                f"{kind} of {nbytes} bytes did not finish within {timeout_s:g} s; "
+                f"its buffers stay parked until it drains"
+            )
+        try:
+            finished.result()
+        except TransferError:
+            self._failed += 1
+            raise
+        self._moved[kind] += int(local[:, 1].sum())
+
+    async def _acquire_slot(self, timeout_s: float) -> None:
+        if self._ready.is_set() and not self._slots.locked():
+            await self._slots.acquire()
+            return
+
+        async def ready_slot() -> None:
+            await self._ready.wait()
+            await self._slots.acquire()
+
+        try:
+            await asyncio.wait_for(ready_slot(), timeout_s)
+        except asyncio.TimeoutError:
+            self._timed_out += 1
+            raise TransferTimeoutError(
+                f"no transfer slot within {timeout_s:g} s "
+                f"({len(self._active)} transfers in flight, {len(self._parked)} of them parked)"
+            ) from None
+        if self._closed or self._broken is not None:
+            self._slots.release()
+            self._check_usable()
+
+    def _report(self, finished: asyncio.Future[None]) -> Callable[[Transfer, Exception | None], None]:
+        def on_finished(transfer: Transfer, error: Exception | None) -> None:
+            # The loop may be gone: then nobody waits any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._settle, transfer, finished, error)
+
+        return on_finished
+
+    def _started(self, transfer: Transfer) -> None:
+        self._transfers += 1
+        if not self._active:
+            self._busy_since = time.monotonic()
+            self._idle.clear()
+        self._active.add(transfer)
+
+    def _settle(self, transfer: Transfer, finished: asyncio.Future[None], error: Exception | None) -> None:
+        """Nothing of the transfer is in flight any more: wake its caller or free its parked buffers."""
+        self._active.discard(transfer)
+        if not self._active:
+            self._busy_s += time.monotonic() - self._busy_since
+            self._idle.set()
+        if self._parked.drained(transfer):
+            return
+        self._slots.release()
+        if error is None:
+            finished.set_result(None)
+        else:
+            finished.set_exception(error)
+
+    # --- abandoned transfers ---------------------------------------------------------------------
+
+    def on_drained(self, what: Span | MemoryRegion | FileRegion, callback: Callable[[], None]) -> None:
+        """Call `callback` once no abandoned transfer can touch `what` any more; at once if none does.
+
+        Whoever hands out memory for transfers calls this before handing it out again.
+        """
+        self._parked.on_drained(what, callback)
+
+    def _abandon(
+        self, transfer: Transfer, finished: asyncio.Future[None], pairs: Sequence[tuple[MemorySpan, Span]]
+    ) -> None:
+        if finished.done():
+            finished.exception()
+            return
+        transfer.abandoned = True
+        self._slots.release()
+        self._parked.park(transfer, [span for pair in pairs for span in pair])
+        self._loop.call_later(self._settings.drain_limit_s, self._check_drained, transfer, self._owner)
+
+    def _check_drained(self, transfer: Transfer, owner: OwnerThread) -> None:
+        if transfer in self._parked and owner is self._owner and not self._closed and self._replacing is None:
+            self._ready.clear()
+            self._replacing = self._loop.create_task(self._replace_owner(), name="kvtc-replace-nixl")
+
+    async def _replace_owner(self) -> None:
+        """Put a fresh NIXL agent in the place of one that a transfer is stuck in."""
+        self._retired = [retired for retired in self._retired if retired.alive]
+        try:
+            if len(self._retired) == _MAX_STUCK_OWNERS:
+                raise TransferError(
+                    "transfers keep getting stuck; check the storage below the tiers, then restart"
+                )
+            owner = OwnerThread(self._settings)
+            await _finished(owner.start(), "starting NIXL again")
+            regions: list[MemoryRegion | FileRegion] = [*self._memory, *self._files]
+            for region in regions:
+                region.registration = await _finished(
+                    _request_registration(owner, region), "registering again"
+                )
+            self._retired.append(self._owner)
+            self._owner.stop()
+            self._owner = owner
+            self._replaced += 1
+        except TransferError as error:
+            self._broken = error
+        finally:
+            self._replacing = None
+            self._ready.set()
+
+    # --- the rest --------------------------------------------------------------------------------
+
+    def stats(self) -> AgentStats:
+        """Return the counters."""
+        busy_now = time.monotonic() - self._busy_since if self._active else 0.0
+        return AgentStats(
+            bytes_copied=self._moved["copy"],
+            bytes_read=self._moved["read"],
+            bytes_written=self._moved["write"],
+            transfers=self._transfers,
+            failed=self._failed,
+            timed_out=self._timed_out,
+            in_flight=len(self._active),
+            parked=len(self._parked),
+            replaced=self._replaced,
+            busy_s=self._busy_s + busy_now,
+            file_mode=self._owner.file_mode,
+        )
+
+    async def close(self) -> None:
+        """Let transfers in flight end, deregister everything and stop NIXL. Idempotent.
+
+        What does not end within `AgentSettings.close_timeout_s` is left to its thread and never released.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._replacing is not None:
+            await asyncio.wait({self._replacing}, timeout=self._settings.close_timeout_s)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self._settings.close_timeout_s)
+        for memory in list(self._memory):
+            await self.free(memory)
+        for file in list(self._files):
+            await self.close_file(file)
+        self._owner.stop()
+        if not self._active:
+            await asyncio.to_thread(self._owner.join, self._settings.close_timeout_s)
+
+    async def __aenter__(self) -> TransferAgent:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise TransferError("the transfer agent is closed")
+        if self._broken is not None:
+            raise TransferError(f"the transfer agent is broken: {self._broken}")
+        if asyncio.get_running_loop() is not self._loop:
+            raise TransferError(
+                "the transfer agent belongs to another event loop; call it from the one that made it"
+            )
+
+    def _check_held(self, pairs: Sequence[tuple[MemorySpan, Span]]) -> None:
+        for pair in pairs:
+            for span in pair:
+                if span.region not in self._memory and span.region not in self._files:
+                    raise ValueError("a span's region is not (or no longer) registered with this agent")
+
+    async def _register(self, region: MemoryRegion | FileRegion) -> None:
+        await asyncio.wait_for(self._ready.wait(), _CONTROL_TIMEOUT_S)
+        region.registration = await _finished(_request_registration(self._owner, region), "registering")
+
+    def _release(self, region: MemoryRegion | FileRegion) -> None:
+        owner, registration = self._owner, region.registration
+        region.registration = None
+
+        def release() -> None:
+            if isinstance(region, MemoryRegion):
+                owner.deregister(registration, MEMORY_BACKENDS)
+                return
+            owner.deregister(registration, [POSIX])
+            if region.owns_fd:
+                os.close(region.fd)
+
+        owner.call(release)
+
+
+def _request_registration(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[Any]:
+    if isinstance(region, MemoryRegion):
+        rows = [(region.address, region.nbytes, 0, "")]
+        return owner.call(lambda: owner.register(rows, DRAM, MEMORY_BACKENDS))
+    file_rows = [(0, region.nbytes, region.fd, "")]
+    return owner.call(lambda: owner.register(file_rows, FILE, [POSIX]))
+
+
+async def _finished(future: Future[T], doing: str) -> T:
+    """Await work of the owner thread with a deadline."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), _CONTROL_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        raise TransferError(f"{doing} did not finish within {_CONTROL_TIMEOUT_S:g} s") from None
+    except RuntimeError as error:
+        raise TransferError(f"{doing} failed: {error}") from error

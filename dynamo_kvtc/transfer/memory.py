@@ -60,7 +60,7 @@ class MemorySpan:
     @property
     def view(self) -> memoryview:
         """The bytes themselves, writable."""
-        return memoryview(self.region.array)[self.offset : self.offset + self.nbytes]
+        return self.region.array.data[self.offset : self.offset + self.nbytes]
 
     def slice(self, offset: int, nbytes: int) -> MemorySpan:
         """Return a span within this one."""

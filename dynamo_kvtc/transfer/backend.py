@@ -1,0 +1,142 @@
+"""NIXL itself: finding the package, creating an agent with exactly the backends that are wanted.
+
+Backends are always named: NIXL's own probing of GDS hangs where its driver is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import os
+import sys
+import tempfile
+import time
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynamo_kvtc.errors import MissingDependencyError, TransferError
+
+__all__ = ["DRAM", "FILE", "MEMORY_BACKENDS", "POSIX", "UCX", "NixlHandle", "create_nixl_agent", "load_nixl"]
+
+DRAM, FILE = "DRAM", "FILE"
+UCX, POSIX = "UCX", "POSIX"
+
+#: Backends that memory is registered with.
+MEMORY_BACKENDS = [UCX, POSIX]
+
+#: A NIXL agent or handle; the bindings carry no types.
+NixlHandle = Any
+
+_PROBE_BYTES = 4096
+_PROBE_TIMEOUT_S = 5.0
+_serial = itertools.count()
+
+# A handle in flight must never be released, nor its memory freed: a failed probe's are kept for good.
+_abandoned: list[tuple[NixlHandle, NixlHandle, NDArray[np.uint8]]] = []
+
+
+def load_nixl() -> ModuleType:
+    """Import NIXL's Python package for the CUDA major version that is installed.
+
+    Never the package `nixl`, which imports torch. Only one of the two may live in a process, so one that
+    is already imported (by the engine) is used.
+
+    Raises
+    ------
+    MissingDependencyError
+        If neither package is installed or importable.
+    """
+    names = ("nixl_cu13", "nixl_cu12")
+    loaded = [name for name in names if name in sys.modules]
+    reasons = []
+    for name in loaded or names:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if not os.environ.get("NIXL_LOG_LEVEL"):
+            # NIXL logs routine messages to standard output, which belongs to the commands' own output.
+            logging.getLogger(f"nixl.{name}").setLevel(logging.WARNING)
+        return module
+    raise MissingDependencyError(
+        "NIXL is not installed: pip install --no-deps nixl-cu13 (or nixl-cu12 on CUDA 12); "
+        f"it works without a GPU too ({'; '.join(reasons)})"
+    )
+
+
+def create_nixl_agent(name: str, *, io_uring: bool) -> tuple[NixlHandle, str]:
+    """Create a NIXL agent with UCX for memory and POSIX for files.
+
+    To be called in the thread that makes every later call.
+
+    Returns
+    -------
+    tuple
+        The agent, and how it moves files: ``"io_uring"`` or ``"aio"``.
+
+    Raises
+    ------
+    TransferError
+        If UCX or POSIX cannot be set up, or a small transfer through them fails.
+    """
+    if io_uring:
+        try:
+            return _create(name, {"use_uring": "true"}), "io_uring"
+        except TransferError as error:
+            logging.getLogger(__name__).info("io_uring does not work here, using AIO: %s", error)
+    return _create(name, {"use_aio": "true"}), "aio"
+
+
+def _create(name: str, posix_options: dict[str, str]) -> NixlHandle:
+    nixl = load_nixl()
+    config = nixl.nixl_agent_config(
+        enable_prog_thread=False,
+        backends=[],
+        sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+    )
+    try:
+        agent = nixl.nixl_agent(f"{name}-{os.getpid()}-{next(_serial)}", config)
+        agent.create_backend(POSIX, posix_options)
+        _probe_files(agent)
+    except (RuntimeError, OSError) as error:
+        raise TransferError(f"NIXL's POSIX backend does not work with {posix_options}: {error!r}") from error
+    try:
+        agent.create_backend(UCX, {})
+    except RuntimeError as error:
+        raise TransferError(
+            f"NIXL's UCX backend cannot start: {error!r}; if UCX_TLS or UCX_NET_DEVICES is set "
+            f"(UCX_TLS={os.environ.get('UCX_TLS', '')!r}), it must allow tcp or a fabric besides self and sm"
+        ) from error
+    return agent
+
+
+def _probe_files(agent: NixlHandle) -> None:
+    memory = np.zeros(2 * _PROBE_BYTES, dtype=np.uint8)
+    memory[:_PROBE_BYTES] = np.arange(_PROBE_BYTES) % 251
+    address = memory.ctypes.data
+    with tempfile.TemporaryFile() as file:
+        fd = file.fileno()
+        held = agent.register_memory([(address, memory.nbytes, 0, "")], DRAM, backends=[POSIX])
+        held_file = agent.register_memory([(0, _PROBE_BYTES, fd, "")], FILE, backends=[POSIX])
+        for operation, start in (("WRITE", address), ("READ", address + _PROBE_BYTES)):
+            local = agent.get_xfer_descs([(start, _PROBE_BYTES, 0)], DRAM)
+            remote = agent.get_xfer_descs([(0, _PROBE_BYTES, fd)], FILE)
+            handle = agent.initialize_xfer(operation, local, remote, agent.name, b"", backends=[POSIX])
+            deadline = time.monotonic() + _PROBE_TIMEOUT_S
+            state = agent.transfer(handle)
+            while state == "PROC" and time.monotonic() < deadline:
+                time.sleep(50e-6)
+                state = agent.check_xfer_state(handle)
+            if state != "DONE":
+                _abandoned.append((agent, handle, memory))
+                raise TransferError(f"a {operation.lower()} of {_PROBE_BYTES} bytes ended as {state}")
+            handle.release()
+        agent.deregister_memory(held_file, backends=[POSIX])
+        agent.deregister_memory(held, backends=[POSIX])
+    if not np.array_equal(memory[:_PROBE_BYTES], memory[_PROBE_BYTES:]):
+        raise TransferError("bytes read back differ from the bytes written")

@@ -1,0 +1,54 @@
+"""Pairs of spans to NIXL's descriptor rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynamo_kvtc.transfer.files import FileSpan
+from dynamo_kvtc.transfer.memory import MemorySpan
+
+__all__ = ["Span", "cut_pairs"]
+
+Span = MemorySpan | FileSpan
+
+
+def cut_pairs(
+    pairs: Sequence[tuple[MemorySpan, Span]], max_bytes: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Turn pairs of spans into descriptor rows of at most `max_bytes` each; empty spans vanish.
+
+    Returns
+    -------
+    tuple
+        Local and remote rows, uint64 ``[n, 3]``: address or file offset, bytes, device or descriptor.
+
+    Raises
+    ------
+    ValueError
+        If the spans of a pair differ in length.
+    """
+    local: list[tuple[int, int, int]] = []
+    remote: list[tuple[int, int, int]] = []
+    for near, far in pairs:
+        if near.nbytes != far.nbytes:
+            raise ValueError(f"cannot move {near.nbytes} bytes from or to a span of {far.nbytes}")
+        near_start, _ = _place(near)
+        far_start, device = _place(far)
+        for done in range(0, near.nbytes, max_bytes):
+            size = min(max_bytes, near.nbytes - done)
+            local.append((near_start + done, size, 0))
+            remote.append((far_start + done, size, device))
+    return _rows(local), _rows(remote)
+
+
+def _place(span: Span) -> tuple[int, int]:
+    if isinstance(span, FileSpan):
+        return span.offset, span.region.fd
+    return span.address, 0
+
+
+def _rows(rows: list[tuple[int, int, int]]) -> NDArray[np.uint64]:
+    return np.array(rows, dtype=np.uint64).reshape(-1, 3)

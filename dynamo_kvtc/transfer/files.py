@@ -1,0 +1,51 @@
+"""Registered files: what NIXL may read and write on disk, and spans within them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FileRegion", "FileSpan"]
+
+
+@dataclass(eq=False, slots=True)
+class FileRegion:
+    """An open file registered with one `TransferAgent`; made by its `open_file` or `register_file`.
+
+    Attributes
+    ----------
+    fd : int
+        The open file descriptor.
+    nbytes : int
+        Registered size in bytes: no span reaches beyond it. The file itself may be shorter; reads
+        beyond its real end fail.
+    name : str
+        For messages.
+    owns_fd : bool
+        Whether `TransferAgent.close_file` closes `fd`.
+    registration : Any
+        NIXL's handle, owned by the agent.
+    """
+
+    fd: int
+    nbytes: int
+    name: str
+    owns_fd: bool
+    registration: Any
+
+    def span(self, offset: int, nbytes: int) -> FileSpan:
+        """Return the span ``[offset, offset + nbytes)``."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(
+                f"span [{offset}, {offset + nbytes}) is outside {self.name} of {self.nbytes} bytes"
+            )
+        return FileSpan(self, offset, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """A run of bytes inside a registered file."""
+
+    region: FileRegion
+    offset: int
+    nbytes: int
