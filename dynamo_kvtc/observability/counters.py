@@ -34,7 +34,7 @@ DropReason = Literal["queue_full", "unencodable", "tier_full", "transfer", "time
 MissReason = Literal["missing", "damaged", "mismatch", "transfer", "timeout", "cancelled", "closed", "error"]
 
 #: What the pipeline spends time on.
-Stage = Literal["gather", "encode", "store", "transfer", "decode", "scatter"]
+Stage = Literal["gather", "encode", "store", "transfer", "decode"]
 
 # The first class that fits names the reason, so subclasses stand before their bases.
 _MISS_REASONS: tuple[tuple[type[KvtcError], MissReason], ...] = (
