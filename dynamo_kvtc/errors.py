@@ -21,6 +21,7 @@ __all__ = [
     "ConfigError",
     "EncodeRangeError",
     "EntropyDecodeError",
+    "EvaluationError",
     "HeaderChecksumError",
     "KvtcError",
     "LayoutError",
@@ -63,6 +64,10 @@ class LayoutError(KvtcError):
 
 class CalibrationError(KvtcError):
     """Calibration cannot run on this model or text, or would give a useless artifact."""
+
+
+class EvaluationError(KvtcError):
+    """An evaluation or a benchmark cannot be run as asked."""
 
 
 # --- artifacts -----------------------------------------------------------------------------------
