@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from dynamo_kvtc.codec.base import KvCodec
+from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
 from dynamo_kvtc.observability import Counters, Snapshot
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
@@ -17,7 +18,7 @@ from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.policy import OffloadPolicy
-from dynamo_kvtc.tiers.base import Namespace, TierStats
+from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey, TierStats
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.staging import StagingPool
@@ -48,8 +49,12 @@ class TierAdapter:
         Part of every key; objects of another artifact are misses.
     block_size : int
         Tokens per block of the engine.
+    salt : bytes
+        Part of every key besides a request's own salt.
     queue_limit : int
         Tier blocks that may wait to be offloaded; more are dropped and counted.
+    offload_batch : int
+        Tier blocks gathered and encoded in one go.
     store_timeout_s : float
         Deadline for storing one tier block.
     """
@@ -64,15 +69,18 @@ class TierAdapter:
         policy: OffloadPolicy,
         block_size: int,
         *,
+        salt: bytes = b"",
         onboard: OnboardSettings | None = None,
         queue_limit: int = 256,
+        offload_batch: int = 4,
         store_timeout_s: float = 30.0,
     ) -> None:
         policy.check_block_size(block_size)
         self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
         self.counters = Counters()
         self._agent, self._staging = agent, staging
-        self._artifact_id = artifact_id
+        self._artifact_id, self._salt = artifact_id, salt
+        self._store_timeout_s = store_timeout_s
         # One thread each: offloading must not delay onboarding, and both are internally parallel.
         self._offload_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-encode")
         self._onboard_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-decode")
@@ -84,6 +92,7 @@ class TierAdapter:
             self.counters,
             self._offload_thread,
             queue_limit=queue_limit,
+            batch=offload_batch,
             timeout_s=store_timeout_s,
         )
         self._onboarder = Onboarder(
@@ -100,7 +109,12 @@ class TierAdapter:
             f"dtype={geometry.dtype} tier_block_tokens={self.policy.tier_block_tokens} "
             f"sinks={self.policy.sink_tokens} head_shard=0/1"
         )
-        return Namespace(self._artifact_id, layout, salt)
+        # The length in front keeps two pairs of salts with the same concatenation apart.
+        return Namespace(self._artifact_id, layout, b"%d:%s%s" % (len(self._salt), self._salt, salt))
+
+    def keys(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> list[TierKey]:
+        """Return the tier keys of a sequence's whole tier blocks, first to last."""
+        return tier_keys(hashes, self.namespace(salt), self.block_size, self.policy.tier_block_tokens)
 
     async def lookup(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> int:
         """Return how many leading tokens of a sequence the tiers hold.
@@ -116,7 +130,7 @@ class TierAdapter:
             A multiple of the policy's `tier_block_tokens`. A later `onboard` may still fail and say so.
         """
         self._check_open()
-        keys = tier_keys(hashes, self.namespace(salt), self.block_size, self.policy.tier_block_tokens)
+        keys = self.keys(hashes, salt=salt)
         found = await self.tiers.contains_prefix(keys)
         self.counters.looked_up(len(keys), found)
         return found * self.policy.tier_block_tokens
@@ -157,6 +171,25 @@ class TierAdapter:
         self._onboards.add(handle)
         handle.on_done(self._onboards.discard)
         return handle
+
+    async def headers(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> list[StreamHeader]:
+        """Read and verify the headers of the leading tier blocks that are stored, for inspection.
+
+        Raises
+        ------
+        BitstreamError, TierError, TransferError
+            If a header is damaged or cannot be read.
+        """
+        self._check_open()
+        keys = self.keys(hashes, salt=salt)
+        tokens = self.policy.tier_block_tokens
+        headers = []
+        for index in range(await self.tiers.contains_prefix(keys)):
+            size = self.codec.header_bytes(tokens, self.policy.sinks_in(index * tokens))
+            async with self._staging.lease(size, timeout_s=self._store_timeout_s) as span:
+                await self.tiers.get([ReadRequest(keys[index], 0, span)], timeout_s=self._store_timeout_s)
+                headers.append(self.codec.read_header(span.view, binding=keys[index]))
+        return headers
 
     async def reset(self) -> None:
         """Forget every stored object that is not in use."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 from dynamo_kvtc.errors import TierClosedError, TransferTimeoutError
@@ -98,7 +99,7 @@ class ThreadedTierAdapter:
         future = self._submit(coroutine)
         try:
             return future.result(limit)
-        except TimeoutError as error:
+        except (TimeoutError, FutureTimeoutError) as error:  # two classes before Python 3.11
             if future.done():
                 raise
             future.cancel()

@@ -1,0 +1,127 @@
+"""From a configuration to a running `TierAdapter`."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+from dynamo_kvtc.calibration.artifact import load_artifact
+from dynamo_kvtc.codec.base import KvCodec
+from dynamo_kvtc.codec.geometry import KvGeometry
+from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
+from dynamo_kvtc.codec.raw import RawCodec
+from dynamo_kvtc.codec.rope import RopeParameters
+from dynamo_kvtc.config import Config, HostTierConfig, TierConfig
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.pipeline.adapter import TierAdapter
+from dynamo_kvtc.pipeline.onboard import OnboardSettings
+from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.tiers.base import Tier
+from dynamo_kvtc.tiers.disk import DiskTier
+from dynamo_kvtc.tiers.host import HostTier
+from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.transfer.agent import TransferAgent
+from dynamo_kvtc.transfer.settings import AgentSettings
+from dynamo_kvtc.transfer.staging import StagingPool
+
+__all__ = ["open_adapter"]
+
+
+async def open_adapter(
+    config: Config, geometry: KvGeometry, block_size: int, rope: RopeParameters | None = None
+) -> TierAdapter:
+    """Open tiers, transfer agent and codec as configured.
+
+    Parameters
+    ----------
+    geometry, block_size : KvGeometry, int
+        The engine's cache.
+    rope : RopeParameters, optional
+        How the engine's model rotates keys; checked against the artifact when given.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact cannot be used or was calibrated for another model.
+    ConfigError
+        If settings contradict the engine.
+    TierError, TransferError, MissingDependencyError
+        If a tier or NIXL cannot be opened.
+    """
+    policy = _policy(config)
+    policy.check_block_size(block_size)
+    codec, artifact_id = _codec(config, geometry, rope)
+    async with AsyncExitStack() as opened:
+        agent = await opened.enter_async_context(
+            await TransferAgent.create(
+                AgentSettings(
+                    io_uring=config.transfer.io_uring, max_descriptors=config.transfer.max_descriptors
+                )
+            )
+        )
+        staging = await StagingPool.create(agent, config.transfer.staging)
+        opened.push_async_callback(staging.close)
+        tiers: list[Tier] = []
+        for index, tier_config in enumerate(config.tiers):
+            tier = await _tier(tier_config, agent, name=f"{tier_config.kind}{index}")
+            opened.push_async_callback(tier.close)
+            tiers.append(tier)
+        adapter = TierAdapter(
+            codec,
+            artifact_id,
+            agent,
+            staging,
+            TierStack(tiers),
+            policy,
+            block_size,
+            salt=config.security.salt.encode(),
+            onboard=OnboardSettings(
+                timeout_s=config.pipeline.onboard_timeout,
+                transfers_in_flight=config.pipeline.transfers_in_flight,
+            ),
+            queue_limit=config.pipeline.offload_queue,
+            offload_batch=config.pipeline.offload_batch,
+            store_timeout_s=config.transfer.timeout,
+        )
+        opened.pop_all()  # the adapter closes them from here on
+    return adapter
+
+
+def _policy(config: Config) -> OffloadPolicy:
+    return OffloadPolicy(
+        tier_block_tokens=config.policy.tier_block_tokens,
+        sink_tokens=config.policy.sink_tokens,
+        recent_window=config.policy.recent_window,
+        minimum_tokens=config.policy.minimum_tokens,
+    )
+
+
+def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) -> tuple[KvCodec, bytes]:
+    if config.codec.profile == "raw":
+        return RawCodec(geometry), bytes(ARTIFACT_ID_BYTES)
+    if config.artifact is None:
+        raise ConfigError(f"codec.profile {config.codec.profile} needs an artifact")
+    artifact = load_artifact(config.artifact)
+    artifact.check_model(geometry, rope or artifact.parameters.rope)
+    codec = KvtcCodec(
+        artifact.parameters,
+        ratio=config.codec.ratio,
+        sink_bits=config.codec.sink_bits,
+        compute_dtype=config.codec.compute_dtype,
+        threads=config.codec.threads,
+    )
+    return codec, artifact.parameters.artifact_id
+
+
+async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:
+    if isinstance(config, HostTierConfig):
+        return await HostTier.open(agent, config.capacity, name=name)
+    return await DiskTier.open(
+        agent,
+        config.path,
+        config.capacity,
+        name=name,
+        segment_bytes=config.segment_size,
+        fsync=config.durability == "fsync",
+        direct_io=config.direct_io,
+    )
