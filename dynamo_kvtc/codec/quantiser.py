@@ -144,10 +144,13 @@ class PlanQuantiser:
         _check_finite(shifts, scales)
         return QuantisedSection(side, symbols)
 
-    def dequantise(self, section: QuantisedSection) -> torch.Tensor:
-        """Return the coefficients that symbols stand for: float32 ``[stored, tokens]``, as `quantise` takes."""
+    def dequantise(self, section: QuantisedSection, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the coefficients behind the symbols: `dtype` ``[stored, tokens]``, as `quantise` takes.
+
+        They are computed in float32 and then rounded to `dtype`.
+        """
         shifts, scales = section.side[: self.num_groups], section.side[self.num_groups :]
-        result = torch.empty((self.components.numel(), section.side.shape[1]), dtype=torch.float32)
+        result = torch.empty((self.components.numel(), section.side.shape[1]), dtype=dtype)
         for part in self._types:
             result[part.rows] = _to_values(
                 part.type,
