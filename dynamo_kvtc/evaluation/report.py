@@ -1,0 +1,84 @@
+"""What an evaluation found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dynamo_kvtc.evaluation.protocol import EvaluationProtocol
+
+__all__ = ["EvaluationReport", "EvaluationRow"]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRow:
+    """One codec, measured over all documents.
+
+    Attributes
+    ----------
+    profile : str
+        Profile of the codec.
+    nominal_ratio : float
+        What the bit plan was made for, before entropy coding.
+    ratio : float
+        16-bit bytes of the coded tokens over all their stored bytes, headers and side data counted.
+    ratio_total : float
+        16-bit bytes of the whole contexts over everything they occupy: streams with the sinks in them,
+        and the recent window at 16 bits.
+    kl : float
+        Divergence of the next-token distribution from that over the uncompressed cache, mean over the
+        scored tokens, in nats.
+    top1 : float
+        Share of scored tokens whose most likely next token is the same.
+    nll, nll_delta : float
+        Mean negative log-likelihood of the text in nats, and what it is above that over the uncompressed
+        cache.
+    key_error, value_error : float
+        Relative errors of pre-RoPE keys and of values at the replaced positions (see `RowErrorSums`).
+    encode_tokens_per_s, decode_tokens_per_s : float
+        Speed of the codec calls, by the median document.
+    """
+
+    profile: str
+    nominal_ratio: float
+    ratio: float
+    ratio_total: float
+    kl: float
+    top1: float
+    nll: float
+    nll_delta: float
+    key_error: float
+    value_error: float
+    encode_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """The rows, and what they hold for.
+
+    Attributes
+    ----------
+    architecture, dtype : str
+        The model's class, and the dtype of its KV cache.
+    artifact_id : str
+        Hex id of the artifact.
+    protocol : EvaluationProtocol
+        How documents were cut.
+    reference_nll : float
+        Mean negative log-likelihood over the uncompressed cache, in nats.
+    rows : tuple[EvaluationRow, ...]
+        In the order of the codecs.
+    """
+
+    architecture: str
+    dtype: str
+    artifact_id: str
+    protocol: EvaluationProtocol
+    reference_nll: float
+    rows: tuple[EvaluationRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {"protocol": asdict(self.protocol), "rows": [asdict(row) for row in self.rows]}
