@@ -97,9 +97,7 @@ async def measure_serving(
         conversation, first_turn = await demo.converse()
         tiers = await demo.tier_bytes(first_turn)
         ratios = await demo.ratios(first_turn)
-        times = []
-        for tokens in settings.document_tokens:
-            times.append(await demo.time_to_first_token(tokens))
+        times = [await demo.time_to_first_token(tokens) for tokens in settings.document_tokens]
         onboard = await demo.onboard_from_disk(first_turn)
     return ServingMeasurements(tiers, *ratios, tuple(times), onboard, conversation)
 
@@ -116,18 +114,22 @@ class _Demo:
         settings = self.settings
         document = self._document(max(settings.document_tokens), HELDOUT_TEXTS[0])
         messages = [{"role": "user", "content": _FIRST_QUESTION.format(document=document)}]
-        self.note(f"turn 1: prefill {len(self._chat(messages))} tokens and answer")
-        session = self.engine.session(self._chat(messages))
+        session = self.engine.session(self._tokens(self._template(messages)))
+        self.note(f"turn 1: prefill {len(session.token_ids)} tokens and answer")
         answer = await _compute(lambda: session.generate(settings.answer_tokens))
         first_turn = session.token_ids[: session.num_cached]
 
+        answer_text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
         messages += [
-            {"role": "assistant", "content": self.tokenizer.decode(answer, skip_special_tokens=True)},
+            {"role": "assistant", "content": answer_text},
             {"role": "user", "content": _SECOND_QUESTION},
         ]
-        # The question is appended to the very tokens of turn 1, so that their KV can be used again.
-        second_question = self._chat(messages)[len(self._chat(messages[:2], prompt=False)) :]
-        prompt = [*session.token_ids, *second_question]
+        # The question follows the very tokens of turn 1, so that their KV can be used again.
+        whole = self._template(messages)
+        follow_up = self._tokens(whole[whole.rindex(answer_text) + len(answer_text) :])
+        if answer[-1] == follow_up[0]:
+            follow_up = follow_up[1:]
+        prompt = [*session.token_ids, *follow_up]
 
         self.note("offload the first turn through the encoder to host memory and disk")
         await self._offload(session)
@@ -229,7 +231,7 @@ class _Demo:
     async def time_to_first_token(self, tokens: int) -> TimeToFirstToken:
         """Measure recomputing against onboarding from host and from disk, interleaved."""
         self.note(f"time to first token after {tokens} tokens: recompute, onboard from host, from disk")
-        prompt = self.tokenizer(self._document(tokens, HELDOUT_TEXTS[1]))["input_ids"][:tokens]
+        prompt = self._tokens(self._document(tokens, HELDOUT_TEXTS[1]))[:tokens]
         recompute, host, disk = [], [], []
         session = self.engine.session(prompt)
         await _compute(session.prefill)
@@ -294,11 +296,12 @@ class _Demo:
 
     def _document(self, tokens: int, path: Path) -> str:
         text = path.read_text(encoding="utf-8")[: 8 * tokens]
-        ids = self.tokenizer(text, verbose=False)["input_ids"][:tokens]
-        return str(self.tokenizer.decode(ids))
+        return str(self.tokenizer.decode(self._tokens(text)[:tokens]))
 
-    def _chat(self, messages: list[dict[str, str]], *, prompt: bool = True) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _template(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
 

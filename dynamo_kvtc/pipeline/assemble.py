@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AsyncExitStack
 
 from dynamo_kvtc.calibration.artifact import load_artifact
@@ -108,7 +109,7 @@ def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) ->
         ratio=config.codec.ratio,
         sink_bits=config.codec.sink_bits,
         compute_dtype=config.codec.compute_dtype,
-        threads=config.codec.threads,
+        threads=config.codec.threads or len(os.sched_getaffinity(0)),
     )
     return codec, artifact.parameters.artifact_id
 

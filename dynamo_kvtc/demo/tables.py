@@ -1,0 +1,68 @@
+"""The demo's report as tables for a person."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from dynamo_kvtc.cli.output import format_bytes, format_seconds, make_table
+from dynamo_kvtc.demo.measure import DemoReport
+
+__all__ = ["report_table"]
+
+
+def report_table(report: DemoReport) -> Table:
+    """Return the one table that the demo prints."""
+    title = f"{report.model}, profile {report.profile} at nominal {report.nominal_ratio:g}x"
+    table = make_table(title, ("what", "value", "detail"))
+    for tier in report.tiers:
+        table.add_row(
+            f"bytes in tier {tier.tier}",
+            format_bytes(tier.stored_bytes),
+            f"raw {format_bytes(tier.raw_bytes)}, {tier.tokens} tokens in {tier.tier_blocks} objects",
+        )
+    table.add_section()
+    table.add_row(
+        "ratio", f"{report.ratio_without_sinks:.1f}x", "coded tokens; headers and side data counted"
+    )
+    table.add_row("ratio with sinks", f"{report.ratio_with_sinks:.1f}x", "everything that is stored")
+    table.add_row(
+        "ratio with sinks and window",
+        f"{report.ratio_with_sinks_and_window:.1f}x",
+        "the conversation's recent tokens counted at 16 bits",
+    )
+    table.add_section()
+    for row in report.time_to_first_token:
+        table.add_row(
+            f"time to first token, {row.tokens} tokens",
+            f"{row.recompute_s / row.onboard_disk_s:.1f}x faster",
+            f"recompute {format_seconds(row.recompute_s)}, onboard from host "
+            f"{format_seconds(row.onboard_host_s)}, from disk {format_seconds(row.onboard_disk_s)} "
+            f"({row.onboarded_tokens} tokens onboarded, the rest computed)",
+        )
+    table.add_section()
+    onboard = report.onboard
+    table.add_row(
+        "overlap",
+        f"{onboard.overlap:.2f}x",
+        f"{onboard.tokens} tokens from disk: transfer {format_seconds(onboard.transfer_s)}, decode "
+        f"{format_seconds(onboard.open_s + onboard.project_s)}, wall {format_seconds(onboard.wall_s)}; "
+        f"layer 0 usable after {format_seconds(onboard.first_layer_s)}",
+    )
+    table.add_section()
+    talk = report.conversation
+    table.add_row(
+        "next-token KL", f"{talk.kl:.4f}", f"turn 2 over onboarded KV, {talk.scored_tokens} tokens scored"
+    )
+    table.add_row("top-1 agreement", f"{100 * talk.top1:.1f} %", "with the uncompressed cache")
+    table.add_row(
+        "greedy continuation",
+        "the same" if talk.same_continuation else "differs",
+        f"{talk.same_leading_tokens} of {talk.generated_tokens} leading tokens are the same",
+    )
+    for quality in report.quality:
+        table.add_row(
+            f"held-out text, nominal {quality['nominal_ratio']:g}x",
+            f"{quality['ratio']:.1f}x",
+            f"KL {quality['kl']:.4f}, top-1 {100 * quality['top1']:.1f} %",
+        )
+    return table
