@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dynamo_kvtc.config.units import Duration, Size
+from dynamo_kvtc.config.units import Duration, Size, format_size
 
 __all__ = [
     "CodecConfig",
@@ -27,7 +27,6 @@ __all__ = [
     "ObservabilityConfig",
     "PipelineConfig",
     "PolicyConfig",
-    "SecurityConfig",
     "TierConfig",
     "TransferConfig",
     "json_schema",
@@ -104,6 +103,15 @@ class DiskTierConfig(_Section):
     direct_io: bool = False
     """Bypass the page cache (O_DIRECT)."""
 
+    @model_validator(mode="after")
+    def _segments_fit(self) -> DiskTierConfig:
+        if self.segment_size > self.capacity:
+            raise ValueError(
+                f"segment_size ({format_size(self.segment_size)}) is larger than capacity "
+                f"({format_size(self.capacity)})"
+            )
+        return self
+
 
 TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="kind")]
 
@@ -173,13 +181,6 @@ class ObservabilityConfig(_Section):
     """Least severe log lines to write to standard error."""
 
 
-class SecurityConfig(_Section):
-    """Who may share what."""
-
-    salt: str = ""
-    """Part of every tier key: workers with different salts never see each other's blocks."""
-
-
 def _check_tiers(tiers: list[TierConfig]) -> list[TierConfig]:
     """Refuse orders and places that contradict each other."""
     kinds = [tier.kind for tier in tiers]
@@ -208,7 +209,7 @@ class Config(_Section):
     """Where encoded blocks live, from fast to slow."""
 
     policy: PolicyConfig = PolicyConfig()
-    """Which tokens are offloaded."""
+    """What is worth offloading."""
 
     transfer: TransferConfig = TransferConfig()
     """How bytes move."""
@@ -219,10 +220,7 @@ class Config(_Section):
     observability: ObservabilityConfig = ObservabilityConfig()
     """Logs."""
 
-    security: SecurityConfig = SecurityConfig()
-    """Isolation between tenants."""
-
-    @field_validator("codec", "policy", "transfer", "pipeline", "observability", "security", mode="before")
+    @field_validator("codec", "policy", "transfer", "pipeline", "observability", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
         # A section whose lines are all commented out reads as null.

@@ -25,7 +25,7 @@ _DURATION_UNITS: dict[str, Fraction] = {
     "h": Fraction(3600),
 }
 
-_QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]+)")
+_QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([A-Za-z]+)")
 
 
 def _split(text: str) -> tuple[Fraction, str] | None:
@@ -87,13 +87,13 @@ def parse_duration(value: object) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration in the largest unit that gives a whole number: ``0.2`` is ``200ms``."""
+    """Write a duration, to the microsecond, in the largest unit that gives a whole number: ``200ms``."""
     exact = Fraction(seconds).limit_denominator(1_000_000)
     for unit in ("h", "min", "s", "ms"):
         count = exact / _DURATION_UNITS[unit]
         if count and count.denominator == 1:
             return f"{count}{unit}"
-    return f"{float(exact * 1_000_000):g}us"
+    return f"{round(exact / _DURATION_UNITS['us'])}us"
 
 
 #: Bytes, written as an integer or as a string with a unit.
