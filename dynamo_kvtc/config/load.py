@@ -39,6 +39,9 @@ _PLAIN_MESSAGES: dict[str, str] = {
     "invalid_key": "keys are words",
 }
 
+#: Keys whose values are never shown.
+_SECRET_KEYS = frozenset({"salt"})
+
 _Path = tuple[str | int, ...]
 
 
@@ -251,7 +254,8 @@ def _message(detail: Any, model: type[BaseModel]) -> str:
         return f"{detail['input']!r} is not one of {', '.join(map(str, choices))}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+    plain = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
+    return plain if key in _SECRET_KEYS else f"{plain}, not {detail['input']!r}"
 
 
 def _dotted(path: _Path) -> str:

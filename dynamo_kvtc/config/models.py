@@ -27,6 +27,7 @@ __all__ = [
     "ObservabilityConfig",
     "PipelineConfig",
     "PolicyConfig",
+    "SecurityConfig",
     "TierConfig",
     "TransferConfig",
     "json_schema",
@@ -181,6 +182,14 @@ class ObservabilityConfig(_Section):
     """Least severe log lines to write to standard error."""
 
 
+class SecurityConfig(_Section):
+    """Who may share what."""
+
+    salt: Annotated[str, Field(repr=False, max_length=1024)] = ""
+    """Part of every tier key: processes with different salts never see each other's blocks. Better set
+    by the environment than in a file."""
+
+
 def _check_tiers(tiers: list[TierConfig]) -> list[TierConfig]:
     """Refuse orders and places that contradict each other."""
     kinds = [tier.kind for tier in tiers]
@@ -220,7 +229,10 @@ class Config(_Section):
     observability: ObservabilityConfig = ObservabilityConfig()
     """Logs."""
 
-    @field_validator("codec", "policy", "transfer", "pipeline", "observability", mode="before")
+    security: SecurityConfig = SecurityConfig()
+    """Isolation between tenants."""
+
+    @field_validator("codec", "policy", "transfer", "pipeline", "observability", "security", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
         # A section whose lines are all commented out reads as null.

@@ -215,6 +215,13 @@ def test_a_bad_variable_is_named(write: Write, variable: str, value: str, where:
     assert (problem.where, problem.source) == (where, variable)
 
 
+def test_a_salt_is_never_shown(write: Write) -> None:
+    problem = only(write(TEN_LINES), {"DYNAMO_KVTC__SECURITY__SALT": "4711"})
+    assert problem.where == "security.salt" and "4711" not in str(problem)
+    config = load_config(write(TEN_LINES), {"DYNAMO_KVTC__SECURITY__SALT": "tenant"})
+    assert config.security.salt == "tenant" and "tenant" not in repr(config)
+
+
 def test_settings_cannot_be_changed(write: Write) -> None:
     config = load_config(write(TEN_LINES), {})
     with pytest.raises(ValueError, match="frozen"):
