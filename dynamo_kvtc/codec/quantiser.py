@@ -9,6 +9,7 @@ every operation in float32 unless stated:
 - FP8: ``shift = float16(mean)`` with the mean taken in float64 and rounded to float32 first,
   ``scale = up16(max|c - shift| / 448)``, ``symbol = E4M3FN((c - shift) / scale)``, round half to even.
 - A scale of 0 makes every symbol 0. Decoded: ``shift + symbol * scale``.
+- No shift is a negative zero, and no FP8 symbol is one unless a negative number was rounded to it.
 
 ``up16`` rounds up to float16, so that the scaled range always covers the group. A group of size 1 has
 ``low == high``: its value is the shift alone.
@@ -23,7 +24,15 @@ import torch
 from dynamo_kvtc.codec.plan import BitPlan, QuantType
 from dynamo_kvtc.errors import EncodeRangeError
 
-__all__ = ["E4M3_MAX", "STORED_TYPES", "PlanQuantiser", "QuantisedSection", "e4m3_to_float", "simulate"]
+__all__ = [
+    "E4M3_MAX",
+    "STORED_TYPES",
+    "PlanQuantiser",
+    "QuantisedSection",
+    "e4m3_to_float",
+    "float_to_e4m3",
+    "simulate",
+]
 
 #: Largest finite E4M3FN number.
 E4M3_MAX = 448.0
@@ -193,8 +202,8 @@ def _side_data(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float16 shifts and scales from float32 minima and maxima, and float64 means for FP8."""
     if mean is None:
-        return low.half(), _ceil_float16((high - low) / (2**quant_type.bits - 1))
-    shift = mean.float().half()
+        return low.half() + 0.0, _ceil_float16((high - low) / (2**quant_type.bits - 1))
+    shift = mean.float().half() + 0.0
     center = shift.float()
     return shift, _ceil_float16(torch.maximum(high - center, center - low) / E4M3_MAX)
 
@@ -205,8 +214,7 @@ def _to_symbols(
     # Dividing by infinity where the scale is 0 gives the symbol 0 without a branch.
     scaled = (c - shift).div_(scale.masked_fill(scale == 0, torch.inf))
     if quant_type is QuantType.FP8:
-        # Older versions of torch do not saturate when they convert.
-        return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        return float_to_e4m3(scaled)
     return scaled.round_().clamp_(0, 2**quant_type.bits - 1).to(torch.uint8)
 
 
@@ -215,6 +223,13 @@ def _to_values(
 ) -> torch.Tensor:
     numbers = e4m3_to_float(symbols) if quant_type is QuantType.FP8 else symbols.float()
     return numbers.mul_(scale).add_(shift)
+
+
+def float_to_e4m3(numbers: torch.Tensor) -> torch.Tensor:
+    """Round float32 to uint8 bit patterns of E4M3FN, saturating; a negative zero becomes positive."""
+    # Older versions of torch do not saturate when they convert.
+    saturated = numbers.clamp(-E4M3_MAX, E4M3_MAX).add_(0.0)
+    return saturated.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def e4m3_to_float(patterns: torch.Tensor) -> torch.Tensor:

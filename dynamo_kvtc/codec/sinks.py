@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.packing import CHUNK_BYTES
-from dynamo_kvtc.codec.quantiser import E4M3_MAX, e4m3_to_float
+from dynamo_kvtc.codec.quantiser import E4M3_MAX, e4m3_to_float, float_to_e4m3
 from dynamo_kvtc.errors import ChunkTableError, EncodeRangeError, PayloadError
 
 __all__ = ["SinkCodec"]
@@ -66,8 +66,7 @@ class SinkCodec:
         sinks = sinks.float()
         scales = sinks.abs().amax(-1) / E4M3_MAX
         scaled = sinks / scales.masked_fill(scales == 0, torch.inf).unsqueeze(-1)
-        patterns = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return np.concatenate([_bytes(scales), _bytes(patterns)])
+        return np.concatenate([_bytes(scales), _bytes(float_to_e4m3(scaled))])
 
     def decode(
         self, payload: NDArray[np.uint8], layers: int, sink_tokens: int
