@@ -119,4 +119,4 @@ class SideTransform:
         """``[layers, stored, layer_size]``: what one layer needs lies together."""
         weights = self._side.basis[self._components].to(self._dtype)
         stored = weights.shape[0]
-        return weights.view(stored, -1, self._layer_size).transpose(0, 1).contiguous()
+        return weights.view(stored, len(self._layer_means), self._layer_size).transpose(0, 1).contiguous()
