@@ -7,7 +7,14 @@ from typing import Any
 
 from dynamo_kvtc.pipeline.timeline import Interval
 
-__all__ = ["Conversation", "DemoReport", "Onboard", "TierBytes", "TimeToFirstToken"]
+__all__ = [
+    "Conversation",
+    "DemoReport",
+    "Onboard",
+    "ServingMeasurements",
+    "TierBytes",
+    "TimeToFirstToken",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +84,12 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class DemoReport:
-    """Everything the demo prints."""
+class ServingMeasurements:
+    """The conversation and the measurements around it.
 
-    model: str
-    profile: str
-    nominal_ratio: float
-    artifact_id: str
-    calibration_s: float
+    The ratios are those of the conversation: without sinks and window, with sinks, with both.
+    """
+
     tiers: tuple[TierBytes, ...]
     ratio_without_sinks: float
     ratio_with_sinks: float
@@ -92,11 +97,23 @@ class DemoReport:
     time_to_first_token: tuple[TimeToFirstToken, ...]
     onboard: Onboard
     conversation: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """Everything the demo prints. `quality` has one record per ratio, as `evaluate` reports it."""
+
+    model: str
+    profile: str
+    nominal_ratio: float
+    artifact_id: str
+    calibration_s: float
+    serving: ServingMeasurements
     quality: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         report = asdict(self)
-        for record, tier in zip(report["tiers"], self.tiers, strict=True):
+        for record, tier in zip(report["serving"]["tiers"], self.serving.tiers, strict=True):
             record["ratio"] = tier.ratio
         return report

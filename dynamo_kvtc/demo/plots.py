@@ -38,7 +38,7 @@ def write_plots(report: DemoReport, folder: Path) -> list[Path]:
     _ratio_plot(axes, report)
     figure.savefig(paths[0], dpi=130)
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    _timeline_plot(axes, report.onboard)
+    _timeline_plot(axes, report.serving.onboard)
     figure.savefig(paths[1], dpi=130)
     pyplot.close("all")
     return paths
@@ -97,7 +97,7 @@ def _timeline_plot(axes: Any, onboard: Onboard) -> None:
     axes.legend(loc="lower left", fontsize=8)
     axes.set(
         xlabel="milliseconds",
-        title=f"Onboarding {onboard.tokens} tokens from disk: transfer and decode overlap {onboard.overlap:.2f}x",
+        title=f"Onboarding {onboard.tokens} tokens from disk, overlap {onboard.overlap:.2f}x",
     )
     axes.title.set_position((0.5, 1.05))
     axes.grid(True, axis="x", alpha=0.3)

@@ -19,12 +19,18 @@ from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.codec.header import SectionKind
 from dynamo_kvtc.config import Config
 from dynamo_kvtc.data import HELDOUT_TEXTS
-from dynamo_kvtc.demo.measure import Conversation, Onboard, TierBytes, TimeToFirstToken
+from dynamo_kvtc.demo.measure import (
+    Conversation,
+    Onboard,
+    ServingMeasurements,
+    TierBytes,
+    TimeToFirstToken,
+)
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.assemble import open_adapter
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 
-__all__ = ["DemoSettings", "ServingMeasurements", "measure_serving"]
+__all__ = ["DemoSettings", "measure_serving"]
 
 BLOCK_SIZE = 16
 
@@ -58,19 +64,6 @@ class DemoSettings:
     document_tokens: tuple[int, ...] = (1024, 2048, 4096)
     repeats: int = 3
     answer_tokens: int = 48
-
-
-@dataclass(frozen=True, slots=True)
-class ServingMeasurements:
-    """What `measure_serving` found."""
-
-    tiers: tuple[TierBytes, ...]
-    ratio_without_sinks: float
-    ratio_with_sinks: float
-    ratio_with_sinks_and_window: float
-    time_to_first_token: tuple[TimeToFirstToken, ...]
-    onboard: Onboard
-    conversation: Conversation
 
 
 async def measure_serving(

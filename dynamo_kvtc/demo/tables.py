@@ -14,7 +14,8 @@ def report_table(report: DemoReport) -> Table:
     """Return the one table that the demo prints."""
     title = f"{report.model}, profile {report.profile} at nominal {report.nominal_ratio:g}x"
     table = make_table(title, ("what", "value", "detail"))
-    for tier in report.tiers:
+    serving = report.serving
+    for tier in serving.tiers:
         table.add_row(
             f"bytes in tier {tier.tier}",
             format_bytes(tier.stored_bytes),
@@ -22,16 +23,16 @@ def report_table(report: DemoReport) -> Table:
         )
     table.add_section()
     table.add_row(
-        "ratio", f"{report.ratio_without_sinks:.1f}x", "coded tokens; headers and side data counted"
+        "ratio", f"{serving.ratio_without_sinks:.1f}x", "coded tokens; headers and side data counted"
     )
-    table.add_row("ratio with sinks", f"{report.ratio_with_sinks:.1f}x", "everything that is stored")
+    table.add_row("ratio with sinks", f"{serving.ratio_with_sinks:.1f}x", "everything that is stored")
     table.add_row(
         "ratio with sinks and window",
-        f"{report.ratio_with_sinks_and_window:.1f}x",
+        f"{serving.ratio_with_sinks_and_window:.1f}x",
         "the conversation's recent tokens counted at 16 bits",
     )
     table.add_section()
-    for row in report.time_to_first_token:
+    for row in serving.time_to_first_token:
         table.add_row(
             f"time to first token, {row.tokens} tokens",
             f"{row.recompute_s / row.onboard_disk_s:.1f}x faster",
@@ -40,7 +41,7 @@ def report_table(report: DemoReport) -> Table:
             f"({row.onboarded_tokens} tokens onboarded, the rest computed)",
         )
     table.add_section()
-    onboard = report.onboard
+    onboard = serving.onboard
     table.add_row(
         "overlap",
         f"{onboard.overlap:.2f}x",
@@ -49,7 +50,7 @@ def report_table(report: DemoReport) -> Table:
         f"layer 0 usable after {format_seconds(onboard.first_layer_s)}",
     )
     table.add_section()
-    talk = report.conversation
+    talk = serving.conversation
     table.add_row(
         "next-token KL", f"{talk.kl:.4f}", f"turn 2 over onboarded KV, {talk.scored_tokens} tokens scored"
     )

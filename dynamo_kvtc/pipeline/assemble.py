@@ -18,7 +18,7 @@ from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import Tier
-from dynamo_kvtc.tiers.disk import DiskTier
+from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.host import HostTier
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
@@ -117,12 +117,5 @@ def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) ->
 async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:
     if isinstance(config, HostTierConfig):
         return await HostTier.open(agent, config.capacity, name=name)
-    return await DiskTier.open(
-        agent,
-        config.path,
-        config.capacity,
-        name=name,
-        segment_bytes=config.segment_size,
-        fsync=config.durability == "fsync",
-        direct_io=config.direct_io,
-    )
+    settings = DiskSettings(segment_bytes=config.segment_size, durability=config.durability)
+    return await DiskTier.open(agent, config.path, config.capacity, settings=settings, name=name)

@@ -239,7 +239,7 @@ class _Request:
         """
         per_group = max(1, -(-self._settings.units // len(self._codec.layer_groups)))
         most_blocks = max(1, -(-len(self._headers) // per_group))
-        most_bytes = self._staging.capacity // (self._settings.transfers_in_flight + 1)
+        most_bytes = self._staging.nbytes // (self._settings.transfers_in_flight + 1)
         units: list[_Unit] = []
         for group in range(len(self._codec.layer_groups)):
             unit, nbytes = _Unit(group, 0, 0), 0
