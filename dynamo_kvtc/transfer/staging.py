@@ -101,7 +101,7 @@ class StagingPool:
             raise ValueError(f"cannot lease {nbytes} bytes")
         if nbytes > self.nbytes:
             raise TransferError(
-                f"a lease of {nbytes} bytes is larger than the staging pool of {self.nbytes} bytes; enlarge the pool"
+                f"a lease of {nbytes} bytes exceeds the staging pool of {self.nbytes} bytes; enlarge the pool"
             )
         if not self._waiters:
             span = self._take(nbytes)

@@ -1,0 +1,316 @@
+"""The segments of a disk tier: an append log that gives room back behind it.
+
+Keeps account of space on the event loop; every blocking file system call runs in one thread of its own,
+in the order in which it was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dynamo_kvtc.errors import TransferTimeoutError
+from dynamo_kvtc.tiers.base import TierKey
+from dynamo_kvtc.tiers.disk_files import allocate_range, punch_hole
+from dynamo_kvtc.tiers.disk_format import (
+    BLOCK_BYTES,
+    RECORD_HEADER_BYTES,
+    Record,
+    SegmentHeader,
+    SegmentScan,
+    record_bytes,
+    record_header,
+    scan_segment,
+    segment_header,
+    segment_name,
+)
+from dynamo_kvtc.transfer import FileRegion, FileSpan, TransferAgent
+
+__all__ = ["Segment", "SegmentLog"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """One open segment file.
+
+    Attributes
+    ----------
+    end : int
+        Where the next record goes.
+    live_bytes : int
+        Bytes of its records, and of those being written.
+    live_records : int
+        How many these are; a sealed segment without any is deleted.
+    """
+
+    header: SegmentHeader
+    path: Path
+    file: FileRegion
+    end: int
+    live_bytes: int = 0
+    live_records: int = 0
+
+    def span(self, offset: int, nbytes: int) -> FileSpan:
+        """Return a span of the segment's file."""
+        return self.file.span(offset, nbytes)
+
+
+class SegmentLog:
+    """Appends records to segments and takes them away. Made by the disk tier, after recovery.
+
+    Parameters
+    ----------
+    segment_bytes : int
+        Size at which a segment is sealed and the next one begun.
+    """
+
+    def __init__(self, agent: TransferAgent, folder: Path, segment_bytes: int, *, fsync: bool) -> None:
+        self._agent = agent
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._fsync = fsync
+        self._segments: dict[int, Segment] = {}
+        self._active: Segment | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._closing = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-disk")
+        self._next_serial = 0
+        self._deletions: set[asyncio.Task[None]] = set()
+        self.allocated_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def __getitem__(self, serial: int) -> Segment:
+        return self._segments[serial]
+
+    async def run(self, function: Callable[[], T], timeout_s: float | None) -> T:
+        """Run a blocking call in the log's thread, after all earlier ones.
+
+        Raises
+        ------
+        TransferTimeoutError
+            If it did not end in time; it goes on in its thread.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        future.add_done_callback(_retrieve)
+        done, _ = await asyncio.wait({future}, timeout=timeout_s)
+        if not done:
+            raise TransferTimeoutError(f"the file system below {self._folder} did not answer in time")
+        return future.result()
+
+    def bytes_needed(self, nbytes: int) -> int:
+        """Return what storing an object of `nbytes` bytes adds to `allocated_bytes`, at most."""
+        return record_bytes(nbytes) + BLOCK_BYTES
+
+    async def adopt(self, path: Path, header: SegmentHeader, records: list[Record]) -> None:
+        """Take over a segment that recovery has found and tidied; call in order of age."""
+        end = records[-1].stop
+        file = await self._agent.open_file(path, nbytes=max(self._segment_bytes, end))
+        segment = Segment(header, path, file, end)
+        self._segments[header.serial] = segment
+        self._next_serial = header.serial + 1
+        self._active = segment if end < self._segment_bytes else None
+        self.allocated_bytes += BLOCK_BYTES
+        segment.live_records = len(records)
+        segment.live_bytes = sum(record_bytes(record.nbytes) for record in records)
+        self.allocated_bytes += segment.live_bytes
+
+    # --- storing ---------------------------------------------------------------------------------
+
+    async def reserve(self, nbytes: int, timeout_s: float) -> tuple[Segment, int]:
+        """Append room for an object's record; end with `commit` or `release`.
+
+        Returns
+        -------
+        tuple
+            The segment, and where in it the object's own bytes begin.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or fails; nothing is reserved then.
+        """
+        size = record_bytes(nbytes)
+        # Accounted for before the first wait, so that concurrent puts cannot both take the last room.
+        self.allocated_bytes += size
+        try:
+            segment = await self._segment_with_room(size, timeout_s)
+        except BaseException:
+            self.allocated_bytes -= size
+            raise
+        start = segment.end
+        segment.end += size
+        segment.live_records += 1
+        segment.live_bytes += size
+        try:
+            await self.run(lambda: allocate_range(segment.file.fd, start, size), timeout_s)
+        except BaseException:
+            self.release(segment, start + RECORD_HEADER_BYTES, nbytes)
+            raise
+        return segment, start + RECORD_HEADER_BYTES
+
+    async def commit(
+        self, segment: Segment, offset: int, key: TierKey, nbytes: int, checksum: int, timeout_s: float
+    ) -> None:
+        """Write the header of a record whose bytes are written: from then on the object exists on disk.
+
+        Raises
+        ------
+        OSError, TransferTimeoutError
+            If that fails; `release` the record then.
+        """
+        header = record_header(segment.header, key, nbytes, checksum)
+        fd = segment.file.fd
+
+        def write() -> None:
+            if self._fsync:
+                os.fdatasync(fd)
+            os.pwrite(fd, header, offset - RECORD_HEADER_BYTES)
+            if self._fsync:
+                os.fdatasync(fd)
+
+        await self.run(write, timeout_s)
+
+    async def _segment_with_room(self, size: int, timeout_s: float) -> Segment:
+        deadline = time.monotonic() + timeout_s
+        while self._active is None or self._active.end + size > self._active.file.nbytes:
+            if self._opening is None or self._opening.done():
+                # A task of its own: a cancelled put must not leave a half-made segment behind.
+                self._opening = asyncio.get_running_loop().create_task(self._begin_segment(size))
+                self._opening.add_done_callback(_retrieve)
+            opening = self._opening
+            await asyncio.wait({opening}, timeout=max(0.0, deadline - time.monotonic()))
+            if not opening.done():
+                raise TransferTimeoutError(f"could not begin a segment below {self._folder} in time")
+            opening.result()
+        return self._active
+
+    async def _begin_segment(self, record_size: int) -> None:
+        header = SegmentHeader(self._next_serial, secrets.token_bytes(16))
+        self._next_serial += 1
+        path = self._folder / segment_name(header.serial)
+        fd = await self.run(lambda: create_segment(path, header, fsync=self._fsync), None)
+        limit = max(self._segment_bytes, BLOCK_BYTES + record_size)
+        try:
+            file = await self._agent.register_file(fd, limit, name=path.name, owns_fd=True)
+        except BaseException:
+            os.close(fd)
+            self._in_background(path.unlink)
+            raise
+        segment = Segment(header, path, file, BLOCK_BYTES)
+        self._segments[header.serial] = segment
+        self.allocated_bytes += BLOCK_BYTES
+        sealed, self._active = self._active, segment
+        if sealed is not None:
+            self._delete_if_empty(sealed)
+
+    # --- giving room back ------------------------------------------------------------------------
+
+    def release(self, segment: Segment, offset: int, nbytes: int) -> None:
+        """Take a record away, once no abandoned transfer can write into it any more. Does not block."""
+        start, size = offset - RECORD_HEADER_BYTES, record_bytes(nbytes)
+        segment.live_bytes -= size
+        segment.live_records -= 1
+        self.allocated_bytes -= size
+
+        def punch() -> None:
+            if not self._delete_if_empty(segment):
+                self._in_background(lambda: punch_hole(segment.file.fd, start, size))
+
+        self._agent.on_drained(segment.span(start, size), punch)
+
+    def _delete_if_empty(self, segment: Segment) -> bool:
+        if segment is self._active or segment.live_records or segment.header.serial not in self._segments:
+            return False
+        del self._segments[segment.header.serial]
+        self.allocated_bytes -= BLOCK_BYTES
+        task = asyncio.get_running_loop().create_task(self._delete(segment))
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
+        return True
+
+    async def _delete(self, segment: Segment) -> None:
+        # The descriptor is closed only after the thread has done all that was asked of it before, holes in
+        # this file included: by then its number may belong to another file.
+        with contextlib.suppress(OSError):
+            await self.run(segment.path.unlink, None)
+        await self._agent.close_file(segment.file)
+
+    def _in_background(self, function: Callable[[], None]) -> None:
+        if self._closing:
+            return
+
+        def guarded() -> None:
+            try:
+                function()
+            except OSError as error:
+                # The room is found again at the next open, or goes with the segment.
+                _log.warning("could not give disk space back below %s: %s", self._folder, error)
+
+        self._thread.submit(guarded)
+
+    def sparsest_sealed(self) -> Segment | None:
+        """Return the sealed segment with the fewest live bytes, or None."""
+        sealed = [segment for segment in self._segments.values() if segment is not self._active]
+        return min(sealed, key=lambda segment: segment.live_bytes, default=None)
+
+    async def scan(self, segment: Segment, timeout_s: float) -> SegmentScan | None:
+        """Read a segment's record headers again."""
+        return await self.run(lambda: scan_segment(segment.file.fd), timeout_s)
+
+    async def close(self, timeout_s: float) -> None:
+        """Close the files; what is on disk stays. The thread ends after what it was asked to do."""
+        self._closing = True
+        with contextlib.suppress(TransferTimeoutError):
+            await self.run(lambda: None, timeout_s)
+        if self._deletions:
+            await asyncio.wait(self._deletions, timeout=timeout_s)
+        for segment in self._segments.values():
+            await self._agent.close_file(segment.file)
+        self._segments.clear()
+        self._thread.shutdown(wait=False)
+
+
+def create_segment(path: Path, header: SegmentHeader, *, fsync: bool) -> int:
+    """Create a segment file with its header and return its descriptor. Blocking; all or nothing."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        allocate_range(fd, 0, BLOCK_BYTES)
+        os.pwrite(fd, segment_header(header), 0)
+        if fsync:
+            os.fsync(fd)
+            _sync_folder(path.parent)
+    except BaseException:
+        os.close(fd)
+        path.unlink()
+        raise
+    return fd
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a folder's entries survive a power failure. Blocking."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _retrieve(future: asyncio.Future[T]) -> None:
+    # A call whose waiter has gone may fail too; its error has nobody to go to.
+    if not future.cancelled():
+        future.exception()

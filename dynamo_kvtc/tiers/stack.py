@@ -1,0 +1,261 @@
+"""Tiers from fast to slow, used as one.
+
+Puts go through to every tier, reads come from the fastest tier that has the object and fall to the next
+one if it turns out missing, damaged or unreadable there. Objects read from a slower tier may be promoted:
+copied into the first tier in the background, within a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from dynamo_kvtc.errors import (
+    KvtcError,
+    ObjectCorruptError,
+    ObjectMissingError,
+    TierError,
+    TransferError,
+    TransferTimeoutError,
+)
+from dynamo_kvtc.tiers.base import ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.transfer import MemorySpan, StagingPool
+
+__all__ = ["TierStack"]
+
+_log = logging.getLogger(__name__)
+
+
+class TierStack:
+    """A stack of tiers. Owns them: `close` closes them.
+
+    Parameters
+    ----------
+    tiers : Sequence[Tier]
+        From fast to slow; at least one, with different names.
+    staging : StagingPool, optional
+        Memory that promotion goes through; without it nothing is promoted.
+    max_promotions : int
+        Promotions under way at a time; further objects are served but not promoted.
+    promotion_timeout_s : float
+        Deadline of each step of a promotion.
+
+    Attributes
+    ----------
+    promotions, failed_puts : int
+        Objects promoted, and puts that a tier refused or failed while another tier took the object.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        staging: StagingPool | None = None,
+        max_promotions: int = 8,
+        promotion_timeout_s: float = 10.0,
+    ) -> None:
+        if not tiers or len({tier.name for tier in tiers}) < len(tiers):
+            raise ValueError("a stack needs at least one tier, and a different name for each")
+        self.tiers = tuple(tiers)
+        self.promotions = 0
+        self.failed_puts = 0
+        self._staging = staging
+        self._max_promotions = max_promotions
+        self._promotion_timeout_s = promotion_timeout_s
+        self._promoting: dict[TierKey, asyncio.Task[None]] = {}
+        # Which tiers each pin of a key holds it in: a tier that gets the object later is not pinned.
+        self._pins: defaultdict[TierKey, list[tuple[Tier, ...]]] = defaultdict(list)
+
+    # --- looking up --------------------------------------------------------------------------------
+
+    async def lookup_prefix(self, keys: Sequence[TierKey]) -> list[Tier]:
+        """Return the fastest tier of each of the leading `keys` that any tier stores whole; touches them."""
+        # Every tier is asked about all keys: what is in use stays young in each of them.
+        for tier in self.tiers:
+            await tier.contains_prefix(keys)
+        found = []
+        for key in keys:
+            index = self._fastest(key, 0)
+            if index is None:
+                break
+            found.append(self.tiers[index])
+        return found
+
+    async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
+        """Return how many leading `keys` are stored whole in one tier or another; touches them."""
+        return len(await self.lookup_prefix(keys))
+
+    def size_of(self, key: TierKey) -> int | None:
+        """Return the stored size of an object in bytes, or None if no tier has it whole."""
+        index = self._fastest(key, 0)
+        return None if index is None else self.tiers[index].size_of(key)
+
+    def _fastest(self, key: TierKey, first: int) -> int | None:
+        for index in range(first, len(self.tiers)):
+            if self.tiers[index].size_of(key) is not None:
+                return index
+        return None
+
+    # --- moving bytes ------------------------------------------------------------------------------
+
+    async def put(self, key: TierKey, source: MemorySpan, *, timeout_s: float) -> bool:
+        """Store an object in every tier, the fastest first.
+
+        A tier that fails does not keep the object from the others; that is counted in `failed_puts`.
+
+        Returns
+        -------
+        bool
+            Whether any tier newly stored it.
+
+        Raises
+        ------
+        TierError, TransferError
+            The first failure, if no tier has the object afterwards.
+        """
+        deadline = time.monotonic() + timeout_s
+        written = False
+        failures: list[KvtcError] = []
+        for tier in self.tiers:
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                written |= await tier.put(key, source, timeout_s=left)
+            except (TierError, TransferError) as error:
+                _log.debug("put into the %s tier failed: %s", tier.name, error)
+                failures.append(error)
+        if len(failures) == len(self.tiers):
+            raise failures[0]
+        self.failed_puts += len(failures)
+        return written
+
+    async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
+        """Read each range from the fastest tier that has its object, and so on down; see `Tier.get`.
+
+        A read that timed out is not tried elsewhere: its transfer may still write to the destination.
+
+        Raises
+        ------
+        ObjectMissingError
+            If no tier has an object, or only damaged ones.
+        TransferError
+            If bytes could not be moved from any tier that has the object.
+        """
+        deadline = time.monotonic() + timeout_s
+        first_tier: dict[TierKey, int] = {}
+        pending = list(reads)
+        while pending:
+            groups = self._by_tier(pending, first_tier)
+            left = max(0.0, deadline - time.monotonic())
+            results = await asyncio.gather(
+                *(self.tiers[index].get(group, timeout_s=left) for index, group in groups.items()),
+                return_exceptions=True,
+            )
+            pending = []
+            for (index, group), result in zip(groups.items(), results, strict=True):
+                if result is None:
+                    self._consider_promotion(index, group)
+                else:
+                    self._fall_through(index, group, result, first_tier)
+                    pending += group
+
+    def _by_tier(
+        self, reads: Sequence[ReadRequest], first_tier: dict[TierKey, int]
+    ) -> dict[int, list[ReadRequest]]:
+        groups: dict[int, list[ReadRequest]] = {}
+        for read in reads:
+            index = self._fastest(read.key, first_tier.get(read.key, 0))
+            if index is None:
+                raise ObjectMissingError(f"no tier has a sound object {read.key.hex()}")
+            groups.setdefault(index, []).append(read)
+        return groups
+
+    def _fall_through(
+        self, index: int, group: list[ReadRequest], error: BaseException, first_tier: dict[TierKey, int]
+    ) -> None:
+        """Let the next round pass over this tier for what it failed to serve; raise what is final."""
+        if isinstance(error, TransferTimeoutError):
+            raise error
+        if isinstance(error, (ObjectMissingError, ObjectCorruptError)):
+            # One bad object fails its whole batch; the tier has dropped it and serves the others again.
+            failed = {read.key for read in group if self.tiers[index].size_of(read.key) is None}
+        elif isinstance(error, TransferError):
+            failed = set()
+        else:
+            raise error
+        failed = failed or {read.key for read in group}
+        for key in failed:
+            first_tier[key] = index + 1
+        if any(self._fastest(key, index + 1) is None for key in failed):
+            raise error
+
+    # --- promotion ---------------------------------------------------------------------------------
+
+    def _consider_promotion(self, index: int, group: list[ReadRequest]) -> None:
+        if index == 0 or self._staging is None:
+            return
+        for key in {read.key for read in group}:
+            if len(self._promoting) < self._max_promotions and key not in self._promoting:
+                task = asyncio.get_running_loop().create_task(self._promote(self.tiers[index], key))
+                self._promoting[key] = task
+                task.add_done_callback(lambda _, key=key: self._promoting.pop(key, None))  # type: ignore[misc]
+
+    async def _promote(self, tier: Tier, key: TierKey) -> None:
+        size = tier.size_of(key)
+        if size is None or self._staging is None or size > self._staging.nbytes:
+            return
+        limit = self._promotion_timeout_s
+        try:
+            async with self._staging.lease(size, timeout_s=limit) as span:
+                await tier.get([ReadRequest(key, 0, span)], timeout_s=limit)
+                self.promotions += await self.tiers[0].put(key, span, timeout_s=limit)
+        except (TierError, TransferError) as error:
+            _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
+
+    # --- the rest ----------------------------------------------------------------------------------
+
+    def pin(self, keys: Iterable[TierKey]) -> list[TierKey]:
+        """Protect objects from eviction in every tier that has them now; returns those pinned."""
+        pinned = []
+        for key in keys:
+            holders = tuple(tier for tier in self.tiers if tier.pin([key]))
+            if holders:
+                self._pins[key].append(holders)
+                pinned.append(key)
+        return pinned
+
+    def unpin(self, keys: Iterable[TierKey]) -> None:
+        """Undo `pin`."""
+        for key in keys:
+            pins = self._pins.get(key)
+            if not pins:
+                continue
+            for tier in pins.pop():
+                tier.unpin([key])
+            if not pins:
+                del self._pins[key]
+
+    async def evict(self, keys: Sequence[TierKey]) -> int:
+        """Drop objects from every tier (pinned or being read ones stay); returns how many copies went."""
+        return sum([await tier.evict(keys) for tier in self.tiers])
+
+    async def clear(self) -> None:
+        """Drop every object that is not pinned or being read from every tier."""
+        for tier in self.tiers:
+            await tier.clear()
+
+    def stats(self) -> dict[str, TierStats]:
+        """Return each tier's counters by its name, from fast to slow."""
+        return {tier.name: tier.stats() for tier in self.tiers}
+
+    async def close(self) -> None:
+        """Cancel promotions and close every tier. Idempotent."""
+        promotions = list(self._promoting.values())
+        for task in promotions:
+            task.cancel()
+        if promotions:
+            await asyncio.wait(promotions, timeout=self._promotion_timeout_s)
+        for tier in self.tiers:
+            await tier.close()
