@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dynamo_kvtc.config.units import Duration, Size, format_size
+from dynamo_kvtc.config.units import Duration, Size
 
 __all__ = [
     "CodecConfig",
@@ -95,23 +95,11 @@ class DiskTierConfig(_Section):
     """Bytes that the folder may take; the least recently used objects go first."""
 
     segment_size: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
-    """Bytes of one segment file."""
+    """Bytes of one segment file; larger ones are used where the capacity would need more than 256."""
 
     durability: Literal["none", "fsync"] = "none"
-    """none leaves writing back to the kernel (a power cut may lose recent objects, never damage old
-    ones); fsync makes an object visible only when it is on the disk."""
-
-    direct_io: bool = False
-    """Bypass the page cache (O_DIRECT)."""
-
-    @model_validator(mode="after")
-    def _segments_fit(self) -> DiskTierConfig:
-        if self.segment_size > self.capacity:
-            raise ValueError(
-                f"segment_size ({format_size(self.segment_size)}) is larger than capacity "
-                f"({format_size(self.capacity)})"
-            )
-        return self
+    """none: objects survive the process; after a power cut recent ones may be missing, or damaged and
+    found out by their checksums. fsync: what was stored survives a power cut."""
 
 
 TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="kind")]
@@ -146,10 +134,11 @@ class TransferConfig(_Section):
     """NIXL transfers."""
 
     timeout: Annotated[Duration, Field(gt=0)] = 30.0
-    """Deadline of one transfer; a transfer that misses it fails, and its block is a miss."""
+    """Deadline for storing one tier block in all tiers; when it passes the block is dropped and counted."""
 
     staging: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
-    """Bytes of registered memory that transfers pass through; bounds what is in flight."""
+    """Bytes of registered memory that stored objects pass through on their way; bounds what is in flight
+    and must hold the largest object."""
 
     max_descriptors: Annotated[int, Field(ge=1, le=65536)] = 16384
     """Most descriptors in flight; more than 65536 kill NIXL's backends."""
@@ -179,7 +168,7 @@ class ObservabilityConfig(_Section):
     """What the process says about itself."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe log lines to write to standard error."""
+    """Least severe log lines to write to standard error, unless the host has set up logging already."""
 
 
 class SecurityConfig(_Section):

@@ -46,13 +46,15 @@ class LineFormatter(logging.Formatter):
         return " ".join(parts).replace("\n", "\\n")
 
 
-def configure_logging(level: str = "info") -> None:
-    """Send the package's logs to standard error, one line each. Calling it again changes the level.
+def configure_logging(level: str = "info", *, replace: bool = True) -> None:
+    """Send the package's logs to standard error, one line each.
 
     Parameters
     ----------
     level : str
         One of `LOG_LEVELS`.
+    replace : bool
+        False leaves logging as it is if the host or an earlier call has set it up.
 
     Raises
     ------
@@ -62,6 +64,8 @@ def configure_logging(level: str = "info") -> None:
     if level not in LOG_LEVELS:
         raise ValueError(f"log level {level!r} is not one of {', '.join(LOG_LEVELS)}")
     logger = logging.getLogger(_ROOT)
+    if logger.handlers and not replace:
+        return
     if not any(isinstance(handler.formatter, LineFormatter) for handler in logger.handlers):
         handler = logging.StreamHandler()
         handler.setFormatter(LineFormatter())

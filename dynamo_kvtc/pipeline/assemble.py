@@ -14,6 +14,7 @@ from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.config import Config, HostTierConfig, TierConfig
 from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import OffloadPolicy
@@ -49,6 +50,7 @@ async def open_adapter(
     TierError, TransferError, MissingDependencyError
         If a tier or NIXL cannot be opened.
     """
+    configure_logging(config.observability.log_level, replace=False)
     policy = _policy(config)
     policy.check_block_size(block_size)
     codec, artifact_id = _codec(config, geometry, rope)

@@ -154,7 +154,7 @@ def test_a_key_that_stands_twice_is_an_error(write: Write) -> None:
         ("[{kind: disk, path: a, capacity: 1GB}, {kind: disk, path: ./a, capacity: 1GB}]", "share a folder"),
         ("[{kind: disk, path: a, capacity: 1GB}, {kind: disk, path: a/b, capacity: 1GB}]", "share a folder"),
         ("[{kind: disk, path: '', capacity: 1GB}]", "not a path"),
-        ("[{kind: disk, path: a, capacity: 100MB}]", "segment_size"),
+        ("[{kind: disk, path: a, capacity: 1GB, segment_size: 4KiB}]", "1048576"),
     ],
 )
 def test_tiers_that_contradict_each_other_are_refused(write: Write, tiers: str, says: str) -> None:

@@ -133,5 +133,7 @@ def test_configuring_twice_adds_one_handler(clean_logger: logging.Logger) -> Non
     configure_logging("error")
     assert len(clean_logger.handlers) == 1
     assert clean_logger.level == logging.ERROR
+    configure_logging("debug", replace=False)
+    assert clean_logger.level == logging.ERROR
     with pytest.raises(ValueError, match="not one of debug"):
         configure_logging("loud")
