@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,20 @@ class LineFormatter(logging.Formatter):
         return " ".join(parts).replace("\n", "\\n")
 
 
+class _StderrHandler(logging.Handler):
+    """Writes lines to what ``sys.stderr`` is at the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(LineFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+
 def configure_logging(level: str = "info", *, replace: bool = True) -> None:
     """Send the package's logs to standard error, one line each.
 
@@ -64,11 +79,8 @@ def configure_logging(level: str = "info", *, replace: bool = True) -> None:
     if level not in LOG_LEVELS:
         raise ValueError(f"log level {level!r} is not one of {', '.join(LOG_LEVELS)}")
     logger = logging.getLogger(_ROOT)
-    if logger.handlers and not replace:
+    if logger.hasHandlers() and not replace:
         return
-    if not any(isinstance(handler.formatter, LineFormatter) for handler in logger.handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(LineFormatter())
-        logger.addHandler(handler)
-        logger.propagate = False
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
     logger.setLevel(level.upper())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -120,20 +119,26 @@ def test_a_traceback_stays_on_the_line() -> None:
 
 
 @pytest.fixture
-def clean_logger() -> Iterator[logging.Logger]:
+def logger(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
+    """The package's logger as in a fresh process: pytest's own handlers sit on the root logger."""
     logger = logging.getLogger("dynamo_kvtc")
-    kept = (logger.handlers[:], logger.level, logger.propagate)
-    logger.handlers.clear()
-    yield logger
-    logger.handlers[:], logger.level, logger.propagate = kept
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    return logger
 
 
-def test_configuring_twice_adds_one_handler(clean_logger: logging.Logger) -> None:
-    configure_logging("info")
+def test_logging_is_set_up_once_and_its_level_can_change(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("info", replace=False)
     configure_logging("error")
-    assert len(clean_logger.handlers) == 1
-    assert clean_logger.level == logging.ERROR
     configure_logging("debug", replace=False)
-    assert clean_logger.level == logging.ERROR
+    logging.getLogger("dynamo_kvtc.tiers").warning("not shown")
+    logging.getLogger("dynamo_kvtc.tiers").error("shown")
+    assert len(logger.handlers) == 1
+    assert capsys.readouterr().err.splitlines()[0].endswith("ERROR tiers shown")
+
+
+def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="not one of debug"):
         configure_logging("loud")
