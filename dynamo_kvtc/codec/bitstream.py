@@ -202,12 +202,8 @@ def read_section(
             )
         return plain
 
-    section = bytearray(header.section_size(group, kind))
-    offset = 0
-    for plain in mapper(inflate, header.chunks_of(group, kind)):
-        section[offset : offset + len(plain)] = plain
-        offset += len(plain)
-    return section
+    # Joined rather than filled into a buffer of the stated size: memory is spent on decoded bytes alone.
+    return bytearray().join(mapper(inflate, header.chunks_of(group, kind)))
 
 
 def parse_header(data: Buffer) -> StreamHeader:

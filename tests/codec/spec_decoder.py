@@ -19,6 +19,12 @@ import xxhash
 
 DTYPES = {1: "bfloat16", 2: "float16", 3: "float32"}
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: Magnitudes from which on rounding gives infinity.
+INFINITE_FROM = {
+    "bfloat16": 2.0**128 - 2.0**119,
+    "float16": 2.0**16 - 2.0**4,
+    "float32": 2.0**128 - 2.0**103,
+}
 RAW, KVTC = 0, 1
 KEYS, VALUES, SINKS, RAW_KV = 1, 2, 3, 4
 BITS = {"FP8": 8, "INT4": 4, "INT2": 2}
@@ -308,7 +314,7 @@ def read_sinks(payload: bytes, header: Header, count: int) -> list[float]:
         scales = floats(payload[:border], "float32")
         patterns = payload[border:]
         result = [e4m3(pattern) * scales[i // header.head_size] for i, pattern in enumerate(patterns)]
-    require(all(math.isfinite(number) for number in result), "PayloadError")
+    require(all(abs(number) < INFINITE_FROM[header.dtype] for number in result), "PayloadError")
     return result
 
 
@@ -372,6 +378,8 @@ def decode_group(data: bytes, header: Header, group: dict, rope: dict, kv: dict)
                     heads = [numbers[h : h + d] for h in range(0, size, d)]
                     rotated = [rotate(head, header.position + token, rope) for head in heads]
                     numbers = [number for head in rotated for number in head]
+                if header.dtype == "float16":
+                    numbers = [min(max(number, -65504.0), 65504.0) for number in numbers]
                 kv[side][token][first + layer] = numbers
     if header.sinks:
         payload = read_payload(data, sections[SINKS], sink_size(header, count))
