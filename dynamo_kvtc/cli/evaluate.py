@@ -6,11 +6,13 @@ import json as json_module
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from dynamo_kvtc.calibration.artifact import load_artifact
 from dynamo_kvtc.calibration.models import load_model
 from dynamo_kvtc.cli.output import make_table, print_json, print_note, print_table, progress
+from dynamo_kvtc.cli.parsing import parse_ratios
 from dynamo_kvtc.errors import EvaluationError
 from dynamo_kvtc.evaluation import PROFILES, EvaluationProtocol, EvaluationReport, evaluate
 from dynamo_kvtc.evaluation.plot import plot_ratio_against_kl
@@ -53,6 +55,9 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="dtype of model and cache; the artifact must have been calibrated in it.")
     ] = "bfloat16",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; its own choice by default.", min=1)
+    ] = None,
     json: Annotated[
         str | None, typer.Option(metavar="OUT", help="Write the report as JSON; - is standard output.")
     ] = None,
@@ -61,7 +66,9 @@ def command(
     """Measure ratio and quality of an artifact on held-out text, with real streams."""
     if profile not in PROFILES:
         raise typer.BadParameter(f"{profile!r} is not one of {', '.join(PROFILES)}", param_hint="--profile")
-    chosen = None if ratios is None else _parse_ratios(ratios)
+    chosen = None if ratios is None else parse_ratios(ratios)
+    if threads is not None:
+        torch.set_num_threads(threads)
     protocol = EvaluationProtocol(documents=documents, tier_block_tokens=tier_block_tokens)
     parameters = load_artifact(artifact)
     loaded = load_model(model, dtype)
@@ -84,16 +91,6 @@ def command(
     if json is not None:
         _write_json(report, Path(json))
     _print(report)
-
-
-def _parse_ratios(text: str) -> list[float]:
-    try:
-        ratios = [float(part) for part in text.split(",")]
-    except ValueError:
-        ratios = []
-    if not ratios or not all(ratio > 0 for ratio in ratios):
-        raise typer.BadParameter(f"{text!r} is no list of ratios such as 8,16,32", param_hint="--ratios")
-    return ratios
 
 
 def _write_json(report: EvaluationReport, path: Path) -> None:
