@@ -79,7 +79,7 @@ class HostTierConfig(_Section):
     """Chooses this kind of tier."""
 
     capacity: Annotated[Size, Field(gt=0)]
-    """Bytes of memory to reserve at start; stored objects, headers included, never exceed it."""
+    """Bytes of memory for stored objects, headers included; pages are taken as they are first written."""
 
 
 class DiskTierConfig(_Section):

@@ -82,3 +82,19 @@ def test_the_defaults_in_the_schema_fit_the_schema() -> None:
             if "default" in field:
                 jsonschema.validate(field["default"], {**field, "$defs": schema["$defs"]})
                 assert name
+
+
+def test_the_documentation_lists_every_key_with_its_default() -> None:
+    text = (CONFIGS.parent / "docs" / "configuration.md").read_text()
+    schema = json_schema()
+    for part in (schema, *schema["$defs"].values()):
+        for name, field in part["properties"].items():
+            if "$ref" in field:
+                assert f"### {name}" in text
+                continue
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+            default = field.get("default")
+            if isinstance(default, str) and default:
+                assert f"`{default}`" in row
+            elif default is not None:
+                assert str(default).lower().removesuffix(".0") in row
