@@ -9,7 +9,7 @@ every operation in float32 unless stated:
 - FP8: ``shift = float16(mean)`` with the mean taken in float64 and rounded to float32 first,
   ``scale = up16(max|c - shift| / 448)``, ``symbol = E4M3FN((c - shift) / scale)``, round half to even.
 - A scale of 0 makes every symbol 0. Decoded: ``shift + symbol * scale``.
-- No shift is a negative zero, and no FP8 symbol is one unless a negative number was rounded to it.
+- No shift or scale is a negative zero, and no FP8 symbol unless a negative number was rounded to it.
 
 ``up16`` rounds up to float16, so that the scaled range always covers the group. A group of size 1 has
 ``low == high``: its value is the shift alone.
@@ -244,8 +244,8 @@ def e4m3_to_float(patterns: torch.Tensor) -> torch.Tensor:
 
 
 def _ceil_float16(x: torch.Tensor) -> torch.Tensor:
-    """Round non-negative float32 up to float16; beyond the largest float16 to infinity."""
-    half = x.half()
+    """Round float32 that is not negative up to float16; beyond the largest float16 to infinity."""
+    half = x.half() + 0.0
     too_small = half.float() < x
     return (half.view(torch.int16) + too_small.to(torch.int16)).view(torch.float16)
 

@@ -97,7 +97,7 @@ _PLUS_ZERO = np.float16(0)
 
 def up16(number: np.float32) -> np.float16:
     """Round a number that is not negative up to float16."""
-    half: np.float16 = np.float16(number)
+    half: np.float16 = np.float16(number) + _PLUS_ZERO
     if np.float32(half) < number:
         half = np.nextafter(half, np.float16(np.inf))
     return half

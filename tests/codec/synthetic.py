@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -79,7 +80,7 @@ def make_parameters(
         return SideParameters(mean, orthonormal_basis(rank, row, generator), make)
 
     parts = []
-    for index, (first, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for index, (first, stop) in enumerate(pairwise(borders)):
         row = (stop - first) * geometry.layer_size
         layers = LayerRange(first, stop - first)
         parts.append(GroupParameters(layers, side(row, 2 * index), side(row, 2 * index + 1)))
