@@ -225,6 +225,9 @@ class TransferAgent:
                 rows = remote[remote[:, 2] == fd]
                 ends[fd] = int((rows[:, 0] + rows[:, 1]).max())
         deadline = self._loop.time() + timeout_s
+        if timeout_s <= 0:
+            self._timed_out += 1
+            raise TransferTimeoutError(f"the deadline of a {kind} passed before it began")
         await self._acquire_slot(timeout_s)
         finished: asyncio.Future[None] = self._loop.create_future()
         transfer = Transfer(operation, backend, remote_kind, local, remote, ends, self._report(finished))
