@@ -15,6 +15,7 @@ __all__ = [
     "BadMagicError",
     "BitstreamError",
     "CalibrationError",
+    "CalibrationStoppedError",
     "ChunkChecksumError",
     "ChunkTableError",
     "CodecError",
@@ -64,6 +65,10 @@ class LayoutError(KvtcError):
 
 class CalibrationError(KvtcError):
     """Calibration cannot run on this model or text, or would give a useless artifact."""
+
+
+class CalibrationStoppedError(CalibrationError):
+    """The caller asked calibration to stop; its state is saved and the next run continues."""
 
 
 class EvaluationError(KvtcError):
