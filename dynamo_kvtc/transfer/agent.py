@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dynamo_kvtc.errors import TransferError, TransferTimeoutError
+from dynamo_kvtc.errors import KvtcError, TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, MEMORY_BACKENDS, POSIX, UCX
 from dynamo_kvtc.transfer.descriptors import Span, cut_pairs
 from dynamo_kvtc.transfer.files import FileRegion, FileSpan
@@ -447,5 +447,7 @@ async def _finished(future: Future[T], doing: str) -> T:
         return await asyncio.wait_for(asyncio.wrap_future(future), _CONTROL_TIMEOUT_S)
     except asyncio.TimeoutError:
         raise TransferError(f"{doing} did not finish within {_CONTROL_TIMEOUT_S:g} s") from None
-    except RuntimeError as error:
-        raise TransferError(f"{doing} failed: {error}") from error
+    except KvtcError:
+        raise
+    except Exception as error:
+        raise TransferError(f"{doing} failed: {error!r}") from error

@@ -31,6 +31,8 @@ MEMORY_BACKENDS = [UCX, POSIX]
 #: A NIXL agent or handle; the bindings carry no types.
 NixlHandle = Any
 
+_log = logging.getLogger(__name__)
+
 _PROBE_BYTES = 4096
 _PROBE_TIMEOUT_S = 5.0
 _serial = itertools.count()
@@ -84,15 +86,26 @@ def create_nixl_agent(name: str, *, io_uring: bool) -> tuple[NixlHandle, str]:
     TransferError
         If UCX or POSIX cannot be set up, or a small transfer through them fails.
     """
-    if io_uring:
-        try:
-            return _create(name, {"use_uring": "true"}), "io_uring"
-        except TransferError as error:
-            logging.getLogger(__name__).info("io_uring does not work here, using AIO: %s", error)
-    return _create(name, {"use_aio": "true"}), "aio"
+    try:
+        agent = _create(name, {"use_uring": "true"} if io_uring else {"use_aio": "true"})
+        file_mode = "io_uring" if io_uring else "aio"
+    except TransferError as error:
+        if not io_uring:
+            raise
+        _log.info("io_uring does not work here, using AIO: %s", error)
+        agent, file_mode = _create(name, {"use_aio": "true"}), "aio"
+    try:
+        agent.create_backend(UCX, {})
+    except Exception as error:
+        raise TransferError(
+            f"NIXL's UCX backend cannot start: {error!r}; if UCX_TLS or UCX_NET_DEVICES is set "
+            f"(UCX_TLS={os.environ.get('UCX_TLS', '')!r}), it must allow tcp or a fabric besides self and sm"
+        ) from error
+    return agent, file_mode
 
 
 def _create(name: str, posix_options: dict[str, str]) -> NixlHandle:
+    """Create an agent whose POSIX backend has moved a few bytes; NIXL's errors have no common base."""
     nixl = load_nixl()
     config = nixl.nixl_agent_config(
         enable_prog_thread=False,
@@ -103,15 +116,8 @@ def _create(name: str, posix_options: dict[str, str]) -> NixlHandle:
         agent = nixl.nixl_agent(f"{name}-{os.getpid()}-{next(_serial)}", config)
         agent.create_backend(POSIX, posix_options)
         _probe_files(agent)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         raise TransferError(f"NIXL's POSIX backend does not work with {posix_options}: {error!r}") from error
-    try:
-        agent.create_backend(UCX, {})
-    except RuntimeError as error:
-        raise TransferError(
-            f"NIXL's UCX backend cannot start: {error!r}; if UCX_TLS or UCX_NET_DEVICES is set "
-            f"(UCX_TLS={os.environ.get('UCX_TLS', '')!r}), it must allow tcp or a fabric besides self and sm"
-        ) from error
     return agent
 
 
