@@ -22,6 +22,7 @@ from dynamo_kvtc.cli.output import (
 )
 from dynamo_kvtc.cli.parsing import parse_ratios
 from dynamo_kvtc.evaluation.bench import BenchReport, BenchSettings, run_bench
+from dynamo_kvtc.evaluation.codec_speed import EntropyCoding
 
 __all__ = ["command"]
 
@@ -67,15 +68,14 @@ def _print_codecs(report: BenchReport) -> None:
     )
     rows = []
     for bench in report.codecs:
-        speed, entropy = bench.speed, bench.entropy
+        speed = bench.speed
         rows.append(
             (
                 f"{bench.nominal_ratio:g}",
                 f"{speed.ratio:.1f}x",
                 f"{speed.encode_tokens_per_s:,.0f}",
                 f"{speed.decode_tokens_per_s:,.0f}",
-                f"{entropy.plain_bytes / entropy.stored_bytes:.2f}x",
-                f"{entropy.stored_bytes / entropy.entropy_bytes - 1:+.1%}",
+                *_entropy_cells(bench.entropy),
             )
         )
     columns = ("nominal", "ratio", "encode tok/s", "decode tok/s", "entropy coding", "above order-0 entropy")
@@ -85,6 +85,15 @@ def _print_codecs(report: BenchReport) -> None:
         stages = [(stage, *(f"{share[stage]:.0%}" for share in shares)) for stage in shares[0]]
         heads = [f"{bench.nominal_ratio:g}" for bench in report.codecs]
         print_table(make_table(f"Share of {name} by stage, one thread", ("stage", *heads), stages))
+
+
+def _entropy_cells(entropy: EntropyCoding) -> tuple[str, str]:
+    if not entropy.stored_bytes or not entropy.entropy_bytes:
+        return "-", "-"  # no chunk became smaller, so all are stored as they are
+    return (
+        f"{entropy.plain_bytes / entropy.stored_bytes:.2f}x",
+        f"{entropy.stored_bytes / entropy.entropy_bytes - 1:+.1%}",
+    )
 
 
 def _print_tiers(report: BenchReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Sequence
@@ -89,8 +90,7 @@ async def measure_tier(
             await tier.evict(keys)
         small = region.span(0, min(_SMALL_OBJECT_BYTES, object_bytes))
         prefix = _keys("prefix", prefix_keys)
-        for key in prefix:
-            await tier.put(key, small, timeout_s=_TIMEOUT_S)
+        await asyncio.gather(*(tier.put(key, small, timeout_s=_TIMEOUT_S) for key in prefix))
         lookup_s = await _lookup_seconds(tier, prefix, repetitions)
         await tier.evict(prefix)
     finally:
