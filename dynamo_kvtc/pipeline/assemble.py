@@ -74,7 +74,7 @@ async def open_adapter(
             artifact_id,
             agent,
             staging,
-            TierStack(tiers),
+            TierStack(tiers, staging=staging),
             policy,
             block_size,
             salt=config.security.salt.encode(),

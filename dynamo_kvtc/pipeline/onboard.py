@@ -21,6 +21,7 @@ from typing import Any
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.errors import (
+    BitstreamError,
     KvtcError,
     ObjectMissingError,
     OnboardCancelledError,
@@ -157,6 +158,9 @@ class _Request:
             self._fail_from(0, error)
         finally:
             self._tiers.unpin(pinned)
+        if isinstance(self._cause, BitstreamError):
+            # Only the codec can see this damage. Dropped, the tier block can be offloaded again.
+            await self._tiers.evict([self._refs[self._sound].key])
         self._count()
         self._handle._finish(self._error())
 

@@ -214,6 +214,11 @@ class TierStack:
         except (TierError, TransferError) as error:
             _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
 
+    async def settle(self) -> None:
+        """Wait until the promotions under way have ended."""
+        if self._promoting:
+            await asyncio.wait(list(self._promoting.values()))
+
     # --- the rest ----------------------------------------------------------------------------------
 
     def pin(self, keys: Iterable[TierKey]) -> list[TierKey]:
