@@ -103,8 +103,7 @@ def _python() -> Check:
 
 def _libraries() -> Iterator[Check]:
     for package, use in (
-        ("isal", "decodes DEFLATE"),
-        ("zlib-ng", "encodes DEFLATE"),
+        ("isal", "DEFLATE"),
         ("xxhash", "checksums"),
         ("safetensors", "artifacts"),
     ):

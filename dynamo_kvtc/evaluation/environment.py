@@ -16,7 +16,7 @@ from dynamo_kvtc import __version__
 
 __all__ = ["describe_environment"]
 
-_PACKAGES: Sequence[str] = ("torch", "transformers", "nixl-cu13", "nixl-cu12", "isal", "zlib-ng", "numpy")
+_PACKAGES: Sequence[str] = ("torch", "transformers", "nixl-cu13", "nixl-cu12", "isal", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:

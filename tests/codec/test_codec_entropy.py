@@ -28,7 +28,7 @@ PAYLOADS = {
     "one byte": b"x",
     "zeros": bytes(65_536),
     "noise": np.random.default_rng(0).bytes(65_536),
-    "peaked": np.random.default_rng(1).laplace(8, 1, 65_536).clip(0, 15).astype(np.uint8).tobytes(),
+    "peaked": np.random.default_rng(1).laplace(128, 3, 65_536).clip(0, 255).astype(np.uint8).tobytes(),
 }
 
 
