@@ -13,7 +13,9 @@ spectrum is flat over so few components.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,12 +93,29 @@ def measure_errors(coefficients: torch.Tensor) -> ErrorTable:
     """
     coefficients = coefficients.contiguous()
     energy = coefficients.double().square().mean(dim=1).numpy()
-    windows = {
-        size: np.stack([_window_errors(coefficients, size, type_) for type_ in STORED_TYPES])
-        for size in GROUP_SIZES
-        if size <= len(coefficients)
-    }
+    sizes = [size for size in GROUP_SIZES if size <= len(coefficients)]
+    tasks = [(size, type_) for size in sizes for type_ in STORED_TYPES]
+    with _single_threaded_workers() as workers:
+        errors = dict(
+            zip(tasks, workers.map(lambda task: _window_errors(coefficients, *task), tasks), strict=True)
+        )
+    windows = {size: np.stack([errors[size, type_] for type_ in STORED_TYPES]) for size in sizes}
     return ErrorTable(energy, windows)
+
+
+@contextmanager
+def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
+    """Yield as many workers as torch has threads, with one torch thread each.
+
+    Windows are measured with very many small operations. Split among torch's own threads, every one of them
+    waits for the slowest thread, which makes it a hundred times slower where cores are shared.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)  # part of the setting is common to all threads
 
 
 def _window_errors(coefficients: torch.Tensor, size: int, type_: QuantType) -> npt.NDArray[np.float64]:

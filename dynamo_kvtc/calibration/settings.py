@@ -67,7 +67,7 @@ class CalibrationSettings:
     dtype: str = "bfloat16"
     basis_dtype: str = "float16"
     recent_window: int = RECENT_WINDOW
-    sample_tokens: int = 2048
+    sample_tokens: int = 1024
 
     def __post_init__(self) -> None:
         if not self.ratios or min(self.ratios) <= 1 or len(set(self.ratios)) < len(self.ratios):

@@ -25,9 +25,13 @@ def command(
     model: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file or builtin:smollm2.")],
     text: Annotated[
         list[Path],
-        typer.Option(help="UTF-8 text to calibrate on; give it once per file.", exists=True, dir_okay=False),
+        typer.Option(help="UTF-8 text to calibrate on: one file or more.", exists=True, dir_okay=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the artifact to.", file_okay=False)],
+    more_text: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Further files of --text.", exists=True, dir_okay=False),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to prefill in all.", min=1)] = 40_000,
     ratios: Annotated[str, typer.Option(help="Nominal ratios to make bit plans for.")] = "8,16,32",
     layers_per_group: Annotated[
@@ -58,7 +62,7 @@ def command(
 
     settings = CalibrationSettings(
         model=model,
-        texts=tuple(text),
+        texts=(*text, *(more_text or ())),
         out=out,
         tokens=tokens,
         ratios=_parse_ratios(ratios),
