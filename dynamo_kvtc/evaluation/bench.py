@@ -34,6 +34,8 @@ class BenchSettings:
         Size of the sequence that is encoded and decoded.
     repetitions : int
         Runs of every measurement; medians count.
+    prefix_keys : int
+        Keys in the prefix that is looked up.
     disk : Path or None
         Folder under which a disk tier is made and removed again; the system's temporary folder if None.
     """
@@ -41,6 +43,7 @@ class BenchSettings:
     tier_blocks: int = 4
     tier_block_tokens: int = 256
     repetitions: int = 5
+    prefix_keys: int = 1000
     disk: Path | None = None
 
 
@@ -132,7 +135,12 @@ async def bench_tiers(settings: BenchSettings) -> tuple[TierSpeed, ...]:
                 try:
                     return tuple(
                         [
-                            await measure_tier(tier, agent, repetitions=settings.repetitions)
+                            await measure_tier(
+                                tier,
+                                agent,
+                                prefix_keys=settings.prefix_keys,
+                                repetitions=settings.repetitions,
+                            )
                             for tier in (host, disk)
                         ]
                     )
