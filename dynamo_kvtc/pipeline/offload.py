@@ -276,7 +276,8 @@ class Offloader:
         job.ticket._mark_finished(1)
 
     def _drop(self, jobs: list[_Job], error: Exception) -> None:
-        reason = next((name for kind, name in _DROP_REASONS if isinstance(error, kind)), "error")
+        reasons = (name for kind, name in _DROP_REASONS if isinstance(error, kind))
+        reason: DropReason = next(reasons, "error")
         if isinstance(error, KvtcError):
             _log.warning("%d tier blocks not offloaded (%s): %s", len(jobs), reason, error)
         else:

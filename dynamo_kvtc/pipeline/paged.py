@@ -107,9 +107,9 @@ class PagedKvCache:
         keys, values : torch.Tensor
             ``[len(block_ids) * block_size, num_kv_heads, head_size]``.
         """
-        runs = (len(block_ids), self.block_size)
+        shape = (len(block_ids), *self.keys[layer].shape[1:])
         wanted = [run for run, block in enumerate(block_ids) if block >= 0]
         index = torch.as_tensor([block_ids[run] for run in wanted], dtype=torch.int64, device=keys.device)
         for view, rows in ((self.keys[layer], keys), (self.values[layer], values)):
-            blocks = rows.unflatten(0, runs)
+            blocks = rows.reshape(shape)
             view[index] = blocks if len(wanted) == len(block_ids) else blocks[wanted]
