@@ -15,16 +15,15 @@ from typing import Any
 import torch
 
 from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.entropy import Buffer
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
-from dynamo_kvtc.codec.header import MAX_POSITION, MAX_TOKENS
+from dynamo_kvtc.codec.header import ID_BYTES, MAX_POSITION, MAX_TOKENS
 from dynamo_kvtc.errors import LayoutError
 
 __all__ = ["BINDING_BYTES", "Buffer", "KvCodec", "TierBlock"]
 
 #: Bytes of the binding: what ties a stream to the tier key it was stored under.
-BINDING_BYTES = 32
-
-Buffer = bytes | bytearray | memoryview
+BINDING_BYTES = ID_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)

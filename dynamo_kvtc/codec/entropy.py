@@ -27,6 +27,7 @@ __all__ = [
     "MAX_DEFLATE_CHUNK_BYTES",
     "STORE",
     "THIRD_PARTY_IDS",
+    "Buffer",
     "DeflateCoder",
     "EntropyCoder",
     "StoreCoder",
@@ -57,6 +58,7 @@ ENTRY_POINT_GROUP = "dynamo_kvtc.entropy_coders"
 _RAW_WINDOW_MAX = -15
 _RAW_WINDOW_MIN = -9
 
+#: Bytes of any kind, contiguous.
 Buffer = bytes | bytearray | memoryview
 
 

@@ -1,6 +1,7 @@
 """Headers and sections: what is written reads back, and every violation has its own error."""
 
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_kvtc.codec import bitstream
 from dynamo_kvtc.codec.bitstream import (
+    EncodedChunk,
     Profile,
     Section,
     SectionKind,
@@ -304,6 +306,27 @@ class TestDamagedChunks:
         data[128 + 5] = 77
         with pytest.raises(UnknownCoderError, match="77"):
             self.read_all(seal(data))
+
+
+def test_stated_sizes_alone_cost_no_memory():
+    """A table that promises 128 MiB in chunks which hold nothing of it."""
+    geometry = KvGeometry(num_layers=1, num_kv_heads=64, head_size=128)
+    layers = LayerRange(0, 1)
+    hollow = [EncodedChunk(DEFLATE, 65_536, b"\x00" * 8)] * 2048
+    header = StreamHeader(Profile.KVTC, 1, bytes(32), geometry, first_position=0, num_tokens=MAX_TOKENS)
+    data = write_stream(
+        header, [Section(layers, SectionKind.KEYS, hollow), Section(layers, SectionKind.VALUES, [])]
+    )
+    tracemalloc.start()
+    try:
+        header = parse_header(data)
+        assert header.section_size(0, SectionKind.KEYS) == 128 << 20
+        with pytest.raises(EntropyDecodeError):
+            read_section(header, 0, SectionKind.KEYS, memoryview(data)[slice(*header.group_span(0))])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 def test_belonging_is_checked_field_by_field():
