@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -233,7 +233,8 @@ def _model_at(loc: Sequence[str | int]) -> type[BaseModel]:
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
         inner = field.annotation if field else _TIER_MODELS.get(part)
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        # Python 3.10 takes list[...] for a class.
+        if get_origin(inner) is None and isinstance(inner, type) and issubclass(inner, BaseModel):
             model = inner
     return model
 

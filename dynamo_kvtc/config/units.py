@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, PlainSerializer
 
 __all__ = ["Duration", "Size", "format_duration", "format_size", "parse_duration", "parse_size"]
 
@@ -96,12 +98,22 @@ def format_duration(seconds: float) -> str:
     return f"{round(exact / _DURATION_UNITS['us'])}us"
 
 
+@dataclass(frozen=True)
+class _JsonSchema:
+    """The JSON schema of a field type. pydantic's own `WithJsonSchema` shares one dict among all fields."""
+
+    schema: dict[str, Any]
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return deepcopy(self.schema)
+
+
 #: Bytes, written as an integer or as a string with a unit.
 Size = Annotated[
     int,
     BeforeValidator(parse_size),
     PlainSerializer(format_size, return_type=str, when_used="json"),
-    WithJsonSchema(
+    _JsonSchema(
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1},
@@ -117,5 +129,5 @@ Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
     PlainSerializer(format_duration, return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s|min|h)\s*$"}),
+    _JsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s|min|h)\s*$"}),
 ]

@@ -49,10 +49,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2
 
 
-def test_a_typo_is_answered_with_the_closest_command() -> None:
-    assert "'schema'" in runner.invoke(app, ["shcema"]).stderr
-
-
 def fails() -> None:
     """Fail on purpose."""
     raise ConfigError("tiers: [0] is\n  missing; add it")
