@@ -20,52 +20,25 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
-from dynamo_kvtc.errors import KvtcError, TransferError, TransferTimeoutError
-from dynamo_kvtc.transfer.backend import DRAM, FILE, MEMORY_BACKENDS, POSIX, UCX
-from dynamo_kvtc.transfer.descriptors import Span, cut_pairs
+from dynamo_kvtc.errors import TransferError, TransferTimeoutError
+from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
+from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends
 from dynamo_kvtc.transfer.files import FileRegion, FileSpan
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
 from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
 from dynamo_kvtc.transfer.parking import ParkedBuffers
+from dynamo_kvtc.transfer.registration import CONTROL_TIMEOUT_S, answer, register, release
 from dynamo_kvtc.transfer.settings import AgentSettings
+from dynamo_kvtc.transfer.stats import AgentStats
 
 __all__ = ["AgentStats", "TransferAgent"]
 
-T = TypeVar("T")
-
 #: Owners stuck in a transfer that may be replaced before the agent gives up: the storage itself is gone.
 _MAX_STUCK_OWNERS = 4
-
-#: How long registering, deregistering and replacing NIXL's agent may take.
-_CONTROL_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class AgentStats:
-    """Counters since the agent was created.
-
-    ``busy_s`` is the time during which at least one transfer was in flight; ``parked`` counts abandoned
-    transfers that have not drained; ``replaced`` how often NIXL's agent was taken for broken.
-    """
-
-    bytes_copied: int
-    bytes_read: int
-    bytes_written: int
-    transfers: int
-    failed: int
-    timed_out: int
-    in_flight: int
-    parked: int
-    replaced: int
-    busy_s: float
-    file_mode: str
 
 
 class TransferAgent:
@@ -105,7 +78,7 @@ class TransferAgent:
         """
         settings = settings or AgentSettings()
         owner = OwnerThread(settings)
-        await _finished(owner.start(), "starting NIXL")
+        await answer(owner.start(), "starting NIXL")
         return cls(settings, owner)
 
     # --- regions ---------------------------------------------------------------------------------
@@ -132,9 +105,10 @@ class TransferAgent:
 
         While an abandoned transfer may still touch the region, that waits until it has drained.
         """
+        await self._owner_in_place()
         if region in self._memory:
             self._memory.discard(region)
-            self.on_drained(region, lambda: self._release(region))
+            self.on_drained(region, lambda: release(self._owner, region))
 
     async def open_file(
         self, path: str | os.PathLike[str], *, nbytes: int, flags: int = os.O_RDWR
@@ -174,9 +148,10 @@ class TransferAgent:
 
         While an abandoned transfer may still touch the file, that waits until it has drained.
         """
+        await self._owner_in_place()
         if region in self._files:
             self._files.discard(region)
-            self.on_drained(region, lambda: self._release(region))
+            self.on_drained(region, lambda: release(self._owner, region))
 
     # --- transfers -------------------------------------------------------------------------------
 
@@ -219,11 +194,7 @@ class TransferAgent:
         local, remote = cut_pairs(pairs, self._settings.max_post_bytes)
         if not len(local):
             return
-        ends: dict[int, int] = {}
-        if kind == "read":
-            for fd in set(remote[:, 2].tolist()):
-                rows = remote[remote[:, 2] == fd]
-                ends[fd] = int((rows[:, 0] + rows[:, 1]).max())
+        ends = furthest_ends(remote) if kind == "read" else {}
         deadline = self._loop.time() + timeout_s
         if timeout_s <= 0:
             self._timed_out += 1
@@ -305,7 +276,7 @@ class TransferAgent:
 
     # --- abandoned transfers ---------------------------------------------------------------------
 
-    def on_drained(self, what: Span | MemoryRegion | FileRegion, callback: Callable[[], None]) -> None:
+    def on_drained(self, what: Span | MemoryRegion | FileRegion, callback: Callable[[], object]) -> None:
         """Call `callback` once no abandoned transfer can touch `what` any more; at once if none does.
 
         Whoever hands out memory for transfers calls this before handing it out again.
@@ -337,12 +308,10 @@ class TransferAgent:
                     "transfers keep getting stuck; check the storage below the tiers, then restart"
                 )
             owner = OwnerThread(self._settings)
-            await _finished(owner.start(), "starting NIXL again")
+            await answer(owner.start(), "starting NIXL again")
             regions: list[MemoryRegion | FileRegion] = [*self._memory, *self._files]
             for region in regions:
-                region.registration = await _finished(
-                    _request_registration(owner, region), "registering again"
-                )
+                await register(owner, region)
             self._retired.append(self._owner)
             self._owner.stop()
             self._owner = owner
@@ -415,39 +384,11 @@ class TransferAgent:
                     raise ValueError("a span's region is not (or no longer) registered with this agent")
 
     async def _register(self, region: MemoryRegion | FileRegion) -> None:
-        await asyncio.wait_for(self._ready.wait(), _CONTROL_TIMEOUT_S)
-        region.registration = await _finished(_request_registration(self._owner, region), "registering")
+        await self._owner_in_place()
+        await register(self._owner, region)
 
-    def _release(self, region: MemoryRegion | FileRegion) -> None:
-        owner, registration = self._owner, region.registration
-        region.registration = None
-
-        def release() -> None:
-            if isinstance(region, MemoryRegion):
-                owner.deregister(registration, MEMORY_BACKENDS)
-                return
-            owner.deregister(registration, [POSIX])
-            if region.owns_fd:
-                os.close(region.fd)
-
-        owner.call(release)
-
-
-def _request_registration(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[Any]:
-    if isinstance(region, MemoryRegion):
-        rows = [(region.address, region.nbytes, 0, "")]
-        return owner.call(lambda: owner.register(rows, DRAM, MEMORY_BACKENDS))
-    file_rows = [(0, region.nbytes, region.fd, "")]
-    return owner.call(lambda: owner.register(file_rows, FILE, [POSIX]))
-
-
-async def _finished(future: Future[T], doing: str) -> T:
-    """Await work of the owner thread with a deadline."""
-    try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), _CONTROL_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        raise TransferError(f"{doing} did not finish within {_CONTROL_TIMEOUT_S:g} s") from None
-    except KvtcError:
-        raise
-    except Exception as error:
-        raise TransferError(f"{doing} failed: {error!r}") from error
+    async def _owner_in_place(self) -> None:
+        """Wait while the owner is being replaced: regions must not come or go meanwhile."""
+        if not self._ready.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), CONTROL_TIMEOUT_S)

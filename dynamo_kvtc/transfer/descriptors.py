@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dynamo_kvtc.transfer.files import FileSpan
 from dynamo_kvtc.transfer.memory import MemorySpan
 
-__all__ = ["Span", "cut_pairs"]
+__all__ = ["Span", "cut_pairs", "furthest_ends"]
 
 Span = MemorySpan | FileSpan
 
@@ -42,6 +42,12 @@ def cut_pairs(
             local.append((near_start + done, size, 0))
             remote.append((far_start + done, size, device))
     return _rows(local), _rows(remote)
+
+
+def furthest_ends(rows: NDArray[np.uint64]) -> dict[int, int]:
+    """Return, by file descriptor, the end of the furthest range in file rows."""
+    ends = rows[:, 0] + rows[:, 1]
+    return {int(fd): int(ends[rows[:, 2] == fd].max()) for fd in np.unique(rows[:, 2])}
 
 
 def _place(span: Span) -> tuple[int, int]:

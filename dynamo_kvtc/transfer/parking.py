@@ -16,7 +16,7 @@ __all__ = ["ParkedBuffers"]
 @dataclass(eq=False, slots=True)
 class _Parked:
     spans: tuple[Span, ...]
-    callbacks: list[Callable[[], None]] = field(default_factory=list)
+    callbacks: list[Callable[[], object]] = field(default_factory=list)
 
 
 class ParkedBuffers:
@@ -44,7 +44,7 @@ class ParkedBuffers:
             callback()
         return True
 
-    def on_drained(self, what: Span | MemoryRegion | FileRegion, callback: Callable[[], None]) -> None:
+    def on_drained(self, what: Span | MemoryRegion | FileRegion, callback: Callable[[], object]) -> None:
         """Call `callback` once nothing parked overlaps `what`; at once if nothing does."""
         waiting_for = [parked for parked in self._parked.values() if _touches(parked.spans, what)]
         if not waiting_for:
