@@ -101,7 +101,7 @@ class _PendingSection:
 
 
 class KvtcCodec(KvCodec):
-    """Codec of the kvtc profile.
+    """Codec of the kvtc profile. It owns threads: after a fork, make another one in the child.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ class KvtcCodec(KvCodec):
 
     def _start(self, block: TierBlock, plan_id: int) -> list[_PendingSection]:
         """Make all payloads of a block and hand their chunks to the entropy coder."""
-        sinks = block.sink_tokens
+        sinks, block_keys, block_values = block.sink_tokens, block.keys.cpu(), block.values.cpu()
         sink_codec = SinkCodec(self.geometry, self._sink_bits)
         coded = slice(sinks, block.num_tokens)
         positions = torch.arange(block.first_position + sinks, block.first_position + block.num_tokens)
@@ -201,14 +201,14 @@ class KvtcCodec(KvCodec):
         sections = []
         for group, layers in enumerate(self.layer_groups):
             span = slice(layers.first, layers.stop)
-            keys = rope.rotate(block.keys[coded, span], *unrotate)
-            values = block.values[coded, span].float()
+            keys = rope.rotate(block_keys[coded, span], *unrotate)
+            values = block_values[coded, span].float()
             for kind, kv in ((SectionKind.KEYS, keys), (SectionKind.VALUES, values)):
                 side = self._side(group, kind, plan_id)
                 sizes = side.layout.chunk_sizes(positions.numel())
                 sections.append(self._section(layers, kind, side.encode(kv.flatten(1)), sizes))
             if sinks:
-                payload = sink_codec.encode(block.keys[:sinks, span], block.values[:sinks, span])
+                payload = sink_codec.encode(block_keys[:sinks, span], block_values[:sinks, span])
                 sizes = sink_codec.chunk_sizes(layers.count, sinks)
                 sections.append(self._section(layers, SectionKind.SINKS, payload, sizes))
         return sections

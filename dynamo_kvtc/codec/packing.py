@@ -25,7 +25,7 @@ CHUNK_BYTES = 65_536
 
 #: Regions smaller than this share a chunk with their neighbours: below it, a chunk's own Huffman tables
 #: and its row in the chunk table cost more than unmixed statistics gain.
-MIN_CHUNK_BYTES = 8_192
+MIN_CHUNK_BYTES = 2_048
 
 _E4M3_NAN = 0x7F
 
