@@ -341,11 +341,9 @@ class KvtcCodec(KvCodec):
 
     def _side(self, group: int, kind: SectionKind, plan_id: int) -> SideCodec:
         key = (group, kind, plan_id)
-        side = self._sides.get(key)
-        if side is None:
-            with self._sides_lock:
+        with self._sides_lock:
+            if key not in self._sides:
                 parameters = self.parameters.groups[group]
-                parameters_of_side = parameters.keys if kind is SectionKind.KEYS else parameters.values
-                side = SideCodec(parameters_of_side, plan_id, self.geometry.layer_size, self._dtype)
-                side = self._sides.setdefault(key, side)
-        return side
+                side = parameters.keys if kind is SectionKind.KEYS else parameters.values
+                self._sides[key] = SideCodec(side, plan_id, self.geometry.layer_size, self._dtype)
+            return self._sides[key]
