@@ -298,6 +298,19 @@ class TierConformance:
             await driver.get(0, 0, 100)
 
     @pytest.mark.asyncio
+    async def test_closing_during_use(self, driver: TierDriver) -> None:
+        await driver.put(0, self.part)
+        using = [asyncio.create_task(driver.put(number, self.part)) for number in range(1, 5)]
+        using += [asyncio.create_task(self._read(driver)) for _ in range(4)]
+        await asyncio.sleep(0)
+        await driver.tier.close()
+        results = await asyncio.wait_for(asyncio.gather(*using, return_exceptions=True), _TIMEOUT_S)
+        assert all(result is True or isinstance(result, TierClosedError) for result in results), results
+
+    async def _read(self, driver: TierDriver) -> bool:
+        return await driver.get(0, 0, self.part) == object_bytes(0, self.part)
+
+    @pytest.mark.asyncio
     async def test_another_event_loop_is_refused(self, driver: TierDriver) -> None:
         def elsewhere() -> None:
             asyncio.run(driver.prefix(0))

@@ -147,9 +147,8 @@ class DiskTier(IndexedTier):
             self._make_room(source.nbytes)
             segment, offset = await self._log.reserve(source.nbytes, _left(deadline))
             try:
-                checksum = await asyncio.to_thread(xxhash.xxh3_64_intdigest, source.view)
                 await self._agent.write_file([(source, segment.span(offset, source.nbytes))], _left(deadline))
-                await self._log.commit(segment, offset, key, source.nbytes, checksum, _left(deadline))
+                checksum = await self._log.commit(segment, offset, key, source.view, _left(deadline))
             except BaseException:
                 self._log.release(segment, offset, source.nbytes)
                 raise

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dynamo_kvtc.errors import TransferTimeoutError
+import xxhash
+
+from dynamo_kvtc.errors import TierClosedError, TransferTimeoutError
 from dynamo_kvtc.tiers.base import TierKey
 from dynamo_kvtc.tiers.disk_files import allocate_range, punch_hole
 from dynamo_kvtc.tiers.disk_format import (
@@ -104,7 +106,11 @@ class SegmentLog:
         ------
         TransferTimeoutError
             If it did not end in time; it goes on in its thread.
+        TierClosedError
+            After `close`.
         """
+        if self._closing:
+            raise TierClosedError(f"the disk tier in {self._folder} is closed")
         future = asyncio.get_running_loop().run_in_executor(self._thread, function)
         future.add_done_callback(_retrieve)
         done, _ = await asyncio.wait({future}, timeout=timeout_s)
@@ -164,26 +170,38 @@ class SegmentLog:
         return segment, start + RECORD_HEADER_BYTES
 
     async def commit(
-        self, segment: Segment, offset: int, key: TierKey, nbytes: int, checksum: int, timeout_s: float
-    ) -> None:
+        self, segment: Segment, offset: int, key: TierKey, data: memoryview, timeout_s: float
+    ) -> int:
         """Write the header of a record whose bytes are written: from then on the object exists on disk.
+
+        Parameters
+        ----------
+        data : memoryview
+            The object's bytes, to take their checksum.
+
+        Returns
+        -------
+        int
+            The checksum.
 
         Raises
         ------
         OSError, TransferTimeoutError
             If that fails; `release` the record then.
         """
-        header = record_header(segment.header, key, nbytes, checksum)
         fd = segment.file.fd
 
-        def write() -> None:
+        def write() -> int:
+            checksum = xxhash.xxh3_64_intdigest(data)
+            header = record_header(segment.header, key, len(data), checksum)
             if self._fsync:
                 os.fdatasync(fd)
             os.pwrite(fd, header, offset - RECORD_HEADER_BYTES)
             if self._fsync:
                 os.fdatasync(fd)
+            return checksum
 
-        await self.run(write, timeout_s)
+        return await self.run(write, timeout_s)
 
     async def _segment_with_room(self, size: int, timeout_s: float) -> Segment:
         deadline = time.monotonic() + timeout_s
@@ -246,7 +264,7 @@ class SegmentLog:
     async def _delete(self, segment: Segment) -> None:
         # The descriptor is closed only after the thread has done all that was asked of it before, holes in
         # this file included: by then its number may belong to another file.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TierClosedError):
             await self.run(segment.path.unlink, None)
         await self._agent.close_file(segment.file)
 
@@ -274,9 +292,9 @@ class SegmentLog:
 
     async def close(self, timeout_s: float) -> None:
         """Close the files; what is on disk stays. The thread ends after what it was asked to do."""
-        self._closing = True
         with contextlib.suppress(TransferTimeoutError):
             await self.run(lambda: None, timeout_s)
+        self._closing = True
         if self._deletions:
             await asyncio.wait(self._deletions, timeout=timeout_s)
         for segment in self._segments.values():

@@ -100,6 +100,11 @@ class IndexedTier(Tier):
                 f"the {self.name} tier belongs to another event loop; call it from the one that opened it"
             )
 
+    def _explain_closed(self, error: Exception | None) -> None:
+        """Once the tier is closed, whatever comes of a call in progress is that it was closed."""
+        if self._closed:
+            raise TierClosedError(f"the {self.name} tier was closed during the call") from error
+
     # --- the contract ----------------------------------------------------------------------------
 
     async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
@@ -129,10 +134,12 @@ class IndexedTier(Tier):
         except TierFullError:
             self._rejected_full += 1
             raise
+        except Exception as error:
+            self._explain_closed(error)
+            raise
         finally:
             self._writing.discard(key)
-        if self._closed:
-            raise TierClosedError(f"the {self.name} tier was closed during a put")
+        self._explain_closed(None)
         self._index.add(key, location)
         self._puts += 1
         self._bytes_written += source.nbytes
@@ -144,10 +151,13 @@ class IndexedTier(Tier):
         located = [(read, self._locate(read)) for read in reads]
         if not located:
             return
-        with self._reading({read.key for read in reads}):
-            await self._load(located, timeout_s)
-        if self._closed:
-            raise TierClosedError(f"the {self.name} tier was closed during a get")
+        try:
+            with self._reading({read.key for read in reads}):
+                await self._load(located, timeout_s)
+        except Exception as error:
+            self._explain_closed(error)
+            raise
+        self._explain_closed(None)
         self._bytes_read += sum(read.into.nbytes for read in reads)
 
     def _locate(self, read: ReadRequest) -> Location:

@@ -28,9 +28,9 @@ from dynamo_kvtc.errors import TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
 from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends
 from dynamo_kvtc.transfer.files import FileRegion, FileSpan
+from dynamo_kvtc.transfer.in_flight import InFlight
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
 from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
-from dynamo_kvtc.transfer.parking import ParkedBuffers
 from dynamo_kvtc.transfer.registration import CONTROL_TIMEOUT_S, answer, register, release
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.stats import AgentStats
@@ -51,8 +51,7 @@ class TransferAgent:
         self._slots = asyncio.Semaphore(settings.max_transfers)
         self._memory: set[MemoryRegion] = set()
         self._files: set[FileRegion] = set()
-        self._active: set[Transfer] = set()
-        self._parked = ParkedBuffers()
+        self._in_flight = InFlight()
         self._retired: list[OwnerThread] = []
         self._broken: TransferError | None = None
         self._idle = asyncio.Event()
@@ -103,7 +102,7 @@ class TransferAgent:
     async def free(self, region: MemoryRegion) -> None:
         """Deregister a region; its memory goes when nothing refers to it any more. Idempotent.
 
-        While an abandoned transfer may still touch the region, that waits until it has drained.
+        While a transfer may still touch the region, that waits until it has drained.
         """
         await self._owner_in_place()
         if region in self._memory:
@@ -146,7 +145,7 @@ class TransferAgent:
     async def close_file(self, region: FileRegion) -> None:
         """Deregister a file and close its descriptor if the agent opened it. Idempotent.
 
-        While an abandoned transfer may still touch the file, that waits until it has drained.
+        While a transfer may still touch the file, that waits until it has drained.
         """
         await self._owner_in_place()
         if region in self._files:
@@ -202,16 +201,16 @@ class TransferAgent:
         await self._acquire_slot(timeout_s)
         finished: asyncio.Future[None] = self._loop.create_future()
         transfer = Transfer(operation, backend, remote_kind, local, remote, ends, self._report(finished))
-        self._started(transfer)
+        self._started(transfer, pairs)
         self._owner.submit(transfer)
         try:
             await asyncio.wait({finished}, timeout=max(0.0, deadline - self._loop.time()))
         except asyncio.CancelledError:
-            self._abandon(transfer, finished, pairs)
+            self._abandon(transfer, finished)
             raise
         if not finished.done():
             self._timed_out += 1
-            self._abandon(transfer, finished, pairs)
+            self._abandon(transfer, finished)
             nbytes = int(local[:, 1].sum())
             raise TransferTimeoutError(
                 f"{kind} of {nbytes} bytes did not finish within {timeout_s:g} s; "
@@ -239,7 +238,7 @@ class TransferAgent:
             self._timed_out += 1
             raise TransferTimeoutError(
                 f"no transfer slot within {timeout_s:g} s "
-                f"({len(self._active)} transfers in flight, {len(self._parked)} of them parked)"
+                f"({len(self._in_flight)} transfers in flight, {self._in_flight.parked} of them parked)"
             ) from None
         if self._closed or self._broken is not None:
             self._slots.release()
@@ -253,20 +252,20 @@ class TransferAgent:
 
         return on_finished
 
-    def _started(self, transfer: Transfer) -> None:
+    def _started(self, transfer: Transfer, pairs: Sequence[tuple[MemorySpan, Span]]) -> None:
         self._transfers += 1
-        if not self._active:
+        if not self._in_flight:
             self._busy_since = time.monotonic()
             self._idle.clear()
-        self._active.add(transfer)
+        self._in_flight.add(transfer, [span for pair in pairs for span in pair])
 
     def _settle(self, transfer: Transfer, finished: asyncio.Future[None], error: Exception | None) -> None:
         """Nothing of the transfer is in flight any more: wake its caller or free its parked buffers."""
-        self._active.discard(transfer)
-        if not self._active:
+        abandoned = self._in_flight.end(transfer)
+        if not self._in_flight:
             self._busy_s += time.monotonic() - self._busy_since
             self._idle.set()
-        if self._parked.drained(transfer):
+        if abandoned:
             return
         self._slots.release()
         if error is None:
@@ -277,25 +276,29 @@ class TransferAgent:
     # --- abandoned transfers ---------------------------------------------------------------------
 
     def on_drained(self, what: Span | MemoryRegion | FileRegion, callback: Callable[[], object]) -> None:
-        """Call `callback` once no abandoned transfer can touch `what` any more; at once if none does.
+        """Call `callback` once nothing in flight can touch `what` any more; at once if nothing can.
 
-        Whoever hands out memory for transfers calls this before handing it out again.
+        Whoever hands out memory for transfers calls this before handing it out again. For a span only
+        abandoned transfers count, since whoever holds it awaits its own; for a region all do.
         """
-        self._parked.on_drained(what, callback)
+        self._in_flight.on_drained(what, callback)
 
-    def _abandon(
-        self, transfer: Transfer, finished: asyncio.Future[None], pairs: Sequence[tuple[MemorySpan, Span]]
-    ) -> None:
+    def _abandon(self, transfer: Transfer, finished: asyncio.Future[None]) -> None:
         if finished.done():
             finished.exception()
             return
         transfer.abandoned = True
         self._slots.release()
-        self._parked.park(transfer, [span for pair in pairs for span in pair])
+        self._in_flight.abandon(transfer)
         self._loop.call_later(self._settings.drain_limit_s, self._check_drained, transfer, self._owner)
 
     def _check_drained(self, transfer: Transfer, owner: OwnerThread) -> None:
-        if transfer in self._parked and owner is self._owner and not self._closed and self._replacing is None:
+        if (
+            transfer in self._in_flight
+            and owner is self._owner
+            and not self._closed
+            and self._replacing is None
+        ):
             self._ready.clear()
             self._replacing = self._loop.create_task(self._replace_owner(), name="kvtc-replace-nixl")
 
@@ -326,7 +329,7 @@ class TransferAgent:
 
     def stats(self) -> AgentStats:
         """Return the counters."""
-        busy_now = time.monotonic() - self._busy_since if self._active else 0.0
+        busy_now = time.monotonic() - self._busy_since if self._in_flight else 0.0
         return AgentStats(
             bytes_copied=self._moved["copy"],
             bytes_read=self._moved["read"],
@@ -334,8 +337,8 @@ class TransferAgent:
             transfers=self._transfers,
             failed=self._failed,
             timed_out=self._timed_out,
-            in_flight=len(self._active),
-            parked=len(self._parked),
+            in_flight=len(self._in_flight),
+            parked=self._in_flight.parked,
             replaced=self._replaced,
             busy_s=self._busy_s + busy_now,
             file_mode=self._owner.file_mode,
@@ -358,7 +361,7 @@ class TransferAgent:
         for file in list(self._files):
             await self.close_file(file)
         self._owner.stop()
-        if not self._active:
+        if not self._in_flight:
             await asyncio.to_thread(self._owner.join, self._settings.close_timeout_s)
 
     async def __aenter__(self) -> TransferAgent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import OrderedDict
 
 import pytest
@@ -53,6 +54,18 @@ def test_what_is_removed_while_iterating_is_not_missed() -> None:
     for name in index.oldest_first():
         index.remove(name)
     assert len(index) == 0
+
+
+def test_a_million_objects_would_take_less_than_300_mb() -> None:
+    tracemalloc.start()
+    try:
+        index = ObjectIndex()
+        for number in range(45_000):
+            index.add(key(number), Location(number, number << 12, 1 << 17, (1 << 63) + number))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / 45_000 < 300
 
 
 def test_misuse_is_refused() -> None:

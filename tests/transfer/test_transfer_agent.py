@@ -219,6 +219,21 @@ async def test_a_cancelled_transfer_is_drained_and_its_file_closed_afterwards(ag
         os.fstat(pipe.region.fd)
 
 
+async def test_a_file_in_use_is_closed_only_after_its_transfer(agent: TransferAgent) -> None:
+    pipe, memory = await Pipe.open(agent), await agent.allocate(4096)
+    reading = asyncio.create_task(agent.read_file([(pipe.region.span(0, 10), memory.span(0, 10))], 10))
+    await until(lambda: agent.stats().in_flight)
+    await agent.close_file(pipe.region)
+    await agent.free(memory)
+    os.fstat(pipe.region.fd)
+    pipe.fill(10)
+    await reading
+    assert memory.span(0, 10).view == b"x" * 10
+    await agent.allocate(1)
+    with pytest.raises(OSError):
+        os.fstat(pipe.region.fd)
+
+
 async def test_a_transfer_that_never_drains_makes_nixl_be_replaced(
     agent: TransferAgent, tmp_path: Path
 ) -> None:
