@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json as json_module
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +59,7 @@ def command(
         nominal_ratio=ratio,
         artifact_id=artifact.parameters.artifact_id.hex(),
         calibration_s=seconds,
-        quality=tuple(asdict(row) for row in quality.rows),
+        quality=quality,
         serving=serving,
     )
     path = out / "report.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dynamo_kvtc.evaluation import EvaluationReport
 from dynamo_kvtc.pipeline.timeline import Interval
 
 __all__ = [
@@ -48,9 +49,12 @@ class TimeToFirstToken:
 class Onboard:
     """One onboard from disk: where its time went.
 
-    `stage_s` sums transfer, open and project; `overlap` is that sum over the wall time.
+    `transfer_s`, `open_s` and `project_s` are the times during which the stage was at work; `overlap` is
+    transfer plus decode (open and project) over the wall time. `disk_bytes_per_s` is the bandwidth that
+    the disk was throttled to, or None.
     """
 
+    disk_bytes_per_s: float | None
     tokens: int
     wall_s: float
     transfer_s: float
@@ -95,13 +99,13 @@ class ServingMeasurements:
     ratio_with_sinks: float
     ratio_with_sinks_and_window: float
     time_to_first_token: tuple[TimeToFirstToken, ...]
-    onboard: Onboard
+    onboards: tuple[Onboard, ...]
     conversation: Conversation
 
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Everything the demo prints. `quality` has one record per ratio, as `evaluate` reports it."""
+    """Everything the demo prints. `quality` is what `evaluate` reports."""
 
     model: str
     profile: str
@@ -109,11 +113,11 @@ class DemoReport:
     artifact_id: str
     calibration_s: float
     serving: ServingMeasurements
-    quality: tuple[dict[str, Any], ...]
+    quality: EvaluationReport
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        report = asdict(self)
+        report = asdict(self) | {"quality": self.quality.to_dict()}
         for record, tier in zip(report["serving"]["tiers"], self.serving.tiers, strict=True):
             record["ratio"] = tier.ratio
         return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from dynamo_kvtc.cli.output import format_bytes, format_seconds, make_table
+from dynamo_kvtc.cli.output import format_bytes, format_rate, format_seconds, make_table
 from dynamo_kvtc.demo.measure import DemoReport
 
 __all__ = ["report_table"]
@@ -32,23 +32,24 @@ def report_table(report: DemoReport) -> Table:
         "the conversation's recent tokens counted at 16 bits",
     )
     table.add_section()
-    for row in serving.time_to_first_token:
+    for times in serving.time_to_first_token:
         table.add_row(
-            f"time to first token, {row.tokens} tokens",
-            f"{row.recompute_s / row.onboard_disk_s:.1f}x faster",
-            f"recompute {format_seconds(row.recompute_s)}, onboard from host "
-            f"{format_seconds(row.onboard_host_s)}, from disk {format_seconds(row.onboard_disk_s)} "
-            f"({row.onboarded_tokens} tokens onboarded, the rest computed)",
+            f"time to first token, {times.tokens} tokens",
+            f"{times.recompute_s / times.onboard_disk_s:.1f}x faster",
+            f"recompute {format_seconds(times.recompute_s)}, onboard from host "
+            f"{format_seconds(times.onboard_host_s)}, from disk {format_seconds(times.onboard_disk_s)} "
+            f"({times.onboarded_tokens} tokens onboarded, the rest computed)",
         )
     table.add_section()
-    onboard = serving.onboard
-    table.add_row(
-        "overlap",
-        f"{onboard.overlap:.2f}x",
-        f"{onboard.tokens} tokens from disk: transfer {format_seconds(onboard.transfer_s)}, decode "
-        f"{format_seconds(onboard.open_s + onboard.project_s)}, wall {format_seconds(onboard.wall_s)}; "
-        f"layer 0 usable after {format_seconds(onboard.first_layer_s)}",
-    )
+    for onboard in serving.onboards:
+        limit = onboard.disk_bytes_per_s
+        table.add_row(
+            "overlap" if limit is None else f"overlap, disk throttled to {format_rate(limit)}",
+            f"{onboard.overlap:.2f}x",
+            f"{onboard.tokens} tokens: transfer {format_seconds(onboard.transfer_s)} + decode "
+            f"{format_seconds(onboard.open_s + onboard.project_s)} in {format_seconds(onboard.wall_s)}; "
+            f"layer 0 usable after {format_seconds(onboard.first_layer_s)}",
+        )
     table.add_section()
     talk = serving.conversation
     table.add_row(
@@ -60,10 +61,11 @@ def report_table(report: DemoReport) -> Table:
         "the same" if talk.same_continuation else "differs",
         f"{talk.same_leading_tokens} of {talk.generated_tokens} leading tokens are the same",
     )
-    for quality in report.quality:
+    table.add_section()
+    for row in report.quality.rows:
         table.add_row(
-            f"held-out text, nominal {quality['nominal_ratio']:g}x",
-            f"{quality['ratio']:.1f}x",
-            f"KL {quality['kl']:.4f}, top-1 {100 * quality['top1']:.1f} %",
+            f"held-out text, nominal {row.nominal_ratio:g}x",
+            f"{row.ratio:.1f}x",
+            f"KL {row.kl:.4f}, top-1 {100 * row.top1:.1f} %",
         )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from dynamo_kvtc.calibration.artifact import load_artifact
@@ -30,7 +31,12 @@ __all__ = ["open_adapter"]
 
 
 async def open_adapter(
-    config: Config, geometry: KvGeometry, block_size: int, rope: RopeParameters | None = None
+    config: Config,
+    geometry: KvGeometry,
+    block_size: int,
+    rope: RopeParameters | None = None,
+    *,
+    wrap_tier: Callable[[Tier], Tier] = lambda tier: tier,
 ) -> TierAdapter:
     """Open tiers, transfer agent and codec as configured.
 
@@ -40,6 +46,8 @@ async def open_adapter(
         The engine's cache.
     rope : RopeParameters, optional
         How the engine's model rotates keys; checked against the artifact when given.
+    wrap_tier : Callable[[Tier], Tier]
+        Puts something around each tier, for tests and measurements (`dynamo_kvtc.testing`).
 
     Raises
     ------
@@ -68,7 +76,7 @@ async def open_adapter(
         for index, tier_config in enumerate(config.tiers):
             tier = await _tier(tier_config, agent, name=f"{tier_config.kind}{index}")
             opened.push_async_callback(tier.close)
-            tiers.append(tier)
+            tiers.append(wrap_tier(tier))
         adapter = TierAdapter(
             codec,
             artifact_id,
