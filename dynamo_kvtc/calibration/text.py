@@ -17,12 +17,15 @@ _BYTES_PER_TOKEN = 8
 
 _READ_BYTES = 1 << 20
 
+#: What a UTF-8 character goes on with; where there is no line to begin with, begin with a character.
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+
 
 class Documents:
     """Token ids of `count` documents, from all files in turn.
 
     Every file is divided into as many equal stretches as it gives documents; a document begins at the
-    first line within its stretch, at a place that the seed chooses, and does not leave the stretch.
+    first line behind a place within its stretch that the seed chooses, and does not leave the stretch.
 
     Parameters
     ----------
@@ -31,7 +34,7 @@ class Documents:
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's own; the special tokens that it puts before a text are put before every document.
     tokens, document_tokens : int
-        Tokens in all, and in one document. Documents may be shorter where a file is too small.
+        Tokens in all, and in one document. Documents are shorter, or empty, where a file is too small.
     seed : int
         Chooses where documents begin.
 
@@ -81,7 +84,7 @@ class Documents:
         except OSError as error:
             raise CalibrationError(f"cannot read the text {path}: {error}") from error
         if start > 0:
-            data = data[data.find(b"\n") + 1 :]  # begin with a line, so never inside a character either
+            data = data[data.find(b"\n") + 1 :].lstrip(_CONTINUATION_BYTES)
         try:
             return data[: _whole_characters(data)].decode("utf-8")
         except UnicodeDecodeError as error:
