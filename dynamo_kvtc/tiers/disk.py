@@ -143,7 +143,7 @@ class DiskTier(IndexedTier):
     async def _store(self, key: TierKey, source: MemorySpan, timeout_s: float) -> Location:
         deadline = time.monotonic() + timeout_s
         try:
-            await self._bound_segments(deadline)
+            await self._bound_segments(source.nbytes, deadline)
             self._make_room(source.nbytes)
             segment, offset = await self._log.reserve(source.nbytes, _left(deadline))
             try:
@@ -163,6 +163,7 @@ class DiskTier(IndexedTier):
 
     def _make_room(self, nbytes: int) -> None:
         needed = self._log.bytes_needed(nbytes)
+        # One block more: a segment that is empty but used up goes only when the next one is there.
         if needed + BLOCK_BYTES > self._capacity_bytes:
             raise TierFullError(
                 f"an object of {nbytes} bytes exceeds the {self.name} tier of {self._capacity_bytes} bytes"
@@ -173,13 +174,13 @@ class DiskTier(IndexedTier):
                     f"no room for {nbytes} bytes in the {self.name} tier: what is left is pinned or in use"
                 )
 
-    async def _bound_segments(self, deadline: float) -> None:
-        """Evict what is left of the sparsest segment if there are too many of them.
+    async def _bound_segments(self, nbytes: int, deadline: float) -> None:
+        """Evict what is left of the sparsest segment if another one is needed and there are too many.
 
         Objects that are used again and again can keep almost empty segments alive, each of which costs a
         file descriptor.
         """
-        if len(self._log) < self._max_segments:
+        if len(self._log) < self._max_segments or self._log.has_room(nbytes):
             return
         segment = self._log.sparsest_sealed()
         scan = None if segment is None else await self._log.scan(segment, _left(deadline))

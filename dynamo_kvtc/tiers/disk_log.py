@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import xxhash
 
@@ -111,6 +111,9 @@ class SegmentLog:
         """
         if self._closing:
             raise TierClosedError(f"the disk tier in {self._folder} is closed")
+        return await self._in_thread(function, timeout_s)
+
+    async def _in_thread(self, function: Callable[[], T], timeout_s: float | None) -> T:
         future = asyncio.get_running_loop().run_in_executor(self._thread, function)
         future.add_done_callback(_retrieve)
         done, _ = await asyncio.wait({future}, timeout=timeout_s)
@@ -121,6 +124,14 @@ class SegmentLog:
     def bytes_needed(self, nbytes: int) -> int:
         """Return what storing an object of `nbytes` bytes adds to `allocated_bytes`, at most."""
         return record_bytes(nbytes) + BLOCK_BYTES
+
+    def has_room(self, nbytes: int) -> bool:
+        """Return whether an object of `nbytes` bytes fits into the segment being written."""
+        return self._fits(self._active, record_bytes(nbytes))
+
+    @staticmethod
+    def _fits(segment: Segment | None, size: int) -> TypeGuard[Segment]:
+        return segment is not None and segment.end + size <= segment.file.nbytes
 
     async def adopt(self, path: Path, header: SegmentHeader, records: list[Record]) -> None:
         """Take over a segment that recovery has found and tidied; call in order of age."""
@@ -205,7 +216,7 @@ class SegmentLog:
 
     async def _segment_with_room(self, size: int, timeout_s: float) -> Segment:
         deadline = time.monotonic() + timeout_s
-        while self._active is None or self._active.end + size > self._active.file.nbytes:
+        while not self._fits(self._active, size):
             if self._opening is None or self._opening.done():
                 # A task of its own: a cancelled put must not leave a half-made segment behind.
                 self._opening = asyncio.get_running_loop().create_task(self._begin_segment(size))
@@ -292,9 +303,12 @@ class SegmentLog:
 
     async def close(self, timeout_s: float) -> None:
         """Close the files; what is on disk stays. The thread ends after what it was asked to do."""
-        with contextlib.suppress(TransferTimeoutError):
-            await self.run(lambda: None, timeout_s)
         self._closing = True
+        try:
+            await self._in_thread(lambda: None, timeout_s)
+        except TransferTimeoutError:
+            # The thread is stuck in a file system call: descriptors that it may still use stay open.
+            return
         if self._deletions:
             await asyncio.wait(self._deletions, timeout=timeout_s)
         for segment in self._segments.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from dynamo_kvtc.tiers.disk_format import (
 )
 
 __all__ = ["RecoveredSegment", "Recovery", "recover_folder"]
+
+# Segments scanned at a time: small reads all over the disk, which takes them faster side by side.
+_SCAN_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,42 +54,34 @@ def recover_folder(folder: Path, *, verify_objects: bool) -> Recovery:
     TierError
         If a file cannot be read or written, or is of an unknown version.
     """
-    damaged = 0
-    scans: list[tuple[Path, SegmentScan]] = []
-    latest: dict[bytes, tuple[int, int]] = {}
-    for serial, path in segment_files(folder):
-        try:
-            scan, broken = _scan_file(path, verify_objects)
-        except OSError as error:
-            raise TierError(
-                f"cannot recover {path}: {error.strerror}; check the disk and the file's rights"
-            ) from error
-        damaged += broken
-        if scan is None:
-            continue
-        scans.append((path, scan))
-        for record in scan.records:
-            latest[record.key] = (serial, record.offset)
-    segments = []
-    for path, scan in scans:
-        records = [r for r in scan.records if latest[r.key] == (scan.header.serial, r.offset)]
-        try:
+    try:
+        files = segment_files(folder)
+        with ThreadPoolExecutor(_SCAN_THREADS) as threads:
+            found = list(threads.map(lambda file: _scan_file(file[0], file[1], verify_objects), files))
+        scans = [(path, scan) for (_, path), (scan, _) in zip(files, found, strict=True) if scan is not None]
+        latest = {
+            record.key: (scan.header.serial, record.offset) for _, scan in scans for record in scan.records
+        }
+        segments = []
+        for path, scan in scans:
+            records = [r for r in scan.records if latest[r.key] == (scan.header.serial, r.offset)]
             _give_back_rest(path, records)
-        except OSError as error:
-            raise TierError(
-                f"cannot recover {path}: {error.strerror}; check the disk and the file's rights"
-            ) from error
-        if records:
-            segments.append(RecoveredSegment(path, scan.header, records))
-    return Recovery(segments, damaged)
+            if records:
+                segments.append(RecoveredSegment(path, scan.header, records))
+    except OSError as error:
+        place = error.filename or folder
+        raise TierError(
+            f"cannot recover {place}: {error.strerror}; check the disk and the file rights"
+        ) from error
+    return Recovery(segments, sum(damaged for _, damaged in found))
 
 
-def _scan_file(path: Path, verify_objects: bool) -> tuple[SegmentScan | None, int]:
+def _scan_file(serial: int, path: Path, verify_objects: bool) -> tuple[SegmentScan | None, int]:
     """Return a segment's scan, less the objects that fail their checksum, and what was damaged."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         scan = scan_segment(fd)
-        if scan is None:
+        if scan is None or scan.header.serial != serial:
             # A crash while the segment was begun leaves it empty; anything else is damage.
             empty = not any(os.pread(fd, BLOCK_BYTES, 0))
             path.unlink()

@@ -21,6 +21,9 @@ from dynamo_kvtc.transfer import MemorySpan
 
 __all__ = ["IndexedTier"]
 
+# Objects that `clear` drops before it lets others use the event loop.
+_CLEAR_BATCH = 256
+
 
 class IndexedTier(Tier):
     """A tier whose index is in memory. Subclasses place, move and reclaim bytes.
@@ -214,7 +217,10 @@ class IndexedTier(Tier):
 
     async def clear(self) -> None:
         """Drop every object that is not pinned or being read."""
-        await self.evict(list(self._index.oldest_first()))
+        keys = list(self._index.oldest_first())
+        for first in range(0, len(keys), _CLEAR_BATCH):
+            await self.evict(keys[first : first + _CLEAR_BATCH])
+            await asyncio.sleep(0)
 
     def stats(self) -> TierStats:
         """Return the counters."""
