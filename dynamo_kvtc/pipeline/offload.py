@@ -211,8 +211,12 @@ class Offloader:
         finally:
             for job in jobs:
                 job.ticket._mark_gathered(1)
-        with self._counters.timed("encode"):
-            return await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
+        try:
+            with self._counters.timed("encode"):
+                return await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
+        except Exception as error:
+            self._drop(jobs, error)
+            return []
 
     def _encode(self, jobs: list[_Job], blocks: list[TierBlock]) -> list[_Encoded]:
         try:

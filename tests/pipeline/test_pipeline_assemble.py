@@ -1,0 +1,93 @@
+"""From a configuration file to a running adapter, with a real artifact folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynamo_kvtc.codec.geometry import KvGeometry
+from dynamo_kvtc.config import load_config
+from dynamo_kvtc.errors import ArtifactFormatError, ConfigError
+from dynamo_kvtc.pipeline.assemble import open_adapter
+from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.testing import ThrottledTier
+from dynamo_kvtc.tiers.base import Tier
+
+GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_size=8, dtype="float32")
+
+RAW = """
+codec:
+  profile: raw
+tiers:
+  - kind: host
+    capacity: 1MiB
+  - kind: disk
+    path: tier
+    capacity: 4MiB
+policy:
+  tier_block_tokens: 32
+  recent_window: 0
+  minimum_tokens: 0
+transfer:
+  staging: 1MiB
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "kvtc.yaml"
+    path.write_text(text)
+    return path
+
+
+async def test_ten_lines_of_yaml_serve_an_engine(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, RAW))
+    layers = [torch.randn(2, 8, 16, 2, 8) for _ in range(3)]
+    cache = PagedKvCache.from_layers(layers, "2BNHD")
+    expected = [layer.clone() for layer in layers]
+    blocks = SequenceBlocks([bytes([i]) for i in range(8)], list(range(8)))
+    async with await open_adapter(config, GEOMETRY, 16) as adapter:
+        assert (await adapter.offload(blocks, cache).wait()).stored == 4
+        assert set(adapter.status().tiers) == {"host0", "disk1"}
+    for layer in layers:
+        layer.zero_()
+    async with await open_adapter(config, GEOMETRY, 16) as adapter:
+        assert await adapter.lookup(blocks.hashes) == 128
+        await adapter.onboard(blocks, cache).wait()
+    assert all(layer.equal(before) for layer, before in zip(layers, expected, strict=True))
+
+
+async def test_configured_salts_separate_workers(tmp_path: Path) -> None:
+    keys = []
+    for salt in ("", "a"):
+        config = load_config(write(tmp_path, RAW + f"security:\n  salt: '{salt}'\n"))
+        async with await open_adapter(config, GEOMETRY, 16) as adapter:
+            keys += [adapter.keys([b"x", b"y"])[0], adapter.keys([b"x", b"y"], salt=b"a")[0]]
+    assert len(set(keys)) == 4
+
+
+async def test_tiers_can_be_wrapped_for_measurements(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, RAW))
+
+    def wrap(tier: Tier) -> Tier:
+        return ThrottledTier(tier, 1e9)
+
+    async with await open_adapter(config, GEOMETRY, 16, wrap_tier=wrap) as adapter:
+        assert all(isinstance(tier, ThrottledTier) for tier in adapter.tiers.tiers)
+
+
+async def test_what_contradicts_the_engine_is_refused_and_nothing_stays_open(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, RAW))
+    with pytest.raises(ConfigError, match="multiple of the engine's block size"):
+        await open_adapter(config, GEOMETRY, 24)
+    missing = RAW.replace("codec:\n  profile: raw", "artifact: nowhere")
+    with pytest.raises(ArtifactFormatError, match="nowhere"):
+        await open_adapter(load_config(write(tmp_path, missing)), GEOMETRY, 16)
+
+    def explode(tier: Tier) -> Tier:
+        raise ConfigError("no")
+
+    with pytest.raises(ConfigError, match="no"):
+        await open_adapter(config, GEOMETRY, 16, wrap_tier=explode)
+    async with await open_adapter(config, GEOMETRY, 16):
+        pass  # the folder's lock was given back
