@@ -158,9 +158,7 @@ class _Calibration:
         last_saved = time.monotonic()
         for index in range(statistics.documents, len(documents)):
             self.progress(Progress("capture keys and values", work.captured(index), work.total))
-            keys, values = capture_rows(self.loaded, documents[index])
-            window = self.settings.recent_window
-            statistics.update(select_rows(keys, window), select_rows(values, window))
+            statistics.update(*self._capture_document(documents[index]))
             stop = self.should_stop()
             if stop or time.monotonic() - last_saved > _CHECKPOINT_SECONDS:
                 statistics.save(saved)
@@ -172,6 +170,15 @@ class _Calibration:
                 "give more text, more --tokens or longer documents"
             )
         return statistics
+
+    def _capture_document(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of a document that take part in the fit."""
+        window = self.settings.recent_window
+        if len(token_ids) <= SINK_TOKENS + window:
+            nothing = torch.empty(0, self.loaded.geometry.row_size)
+            return nothing, nothing
+        keys, values = capture_rows(self.loaded, token_ids)
+        return select_rows(keys, window), select_rows(values, window)
 
     def _fit(self, statistics: KvStatistics, state: Path, work: _Work) -> list[tuple[FittedSide, FittedSide]]:
         fitted: dict[tuple[int, str], FittedSide] = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from dynamo_kvtc.calibration.artifact import Artifact
+from dynamo_kvtc.calibration.run import calibrate
 from dynamo_kvtc.calibration.settings import CalibrationSettings
 
 
@@ -57,12 +60,12 @@ def texts(tmp_path_factory) -> tuple[Path, Path]:
     return first, second
 
 
-@pytest.fixture
-def settings(tiny_model, texts, tmp_path) -> CalibrationSettings:
+@pytest.fixture(scope="session")
+def calibrated_settings(tiny_model, texts, tmp_path_factory) -> CalibrationSettings:
     return CalibrationSettings(
         model=str(tiny_model),
         texts=texts,
-        out=tmp_path / "artifact",
+        out=tmp_path_factory.mktemp("calibrated") / "artifact",
         tokens=1200,
         ratios=(4.0, 8.0),
         layers_per_group=2,
@@ -71,3 +74,15 @@ def settings(tiny_model, texts, tmp_path) -> CalibrationSettings:
         recent_window=16,
         sample_tokens=64,
     )
+
+
+@pytest.fixture(scope="session")
+def calibrated(calibrated_settings) -> Artifact:
+    """The artifact of `calibrated_settings`; tests only read it."""
+    return calibrate(calibrated_settings)
+
+
+@pytest.fixture
+def settings(calibrated_settings, tmp_path) -> CalibrationSettings:
+    """The same settings with a folder of one's own, empty as yet."""
+    return dataclasses.replace(calibrated_settings, out=tmp_path / "artifact")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dynamo_kvtc.calibration import run
 from dynamo_kvtc.calibration.allocate import budget_bits
+from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.capture import capture_rows
 from dynamo_kvtc.calibration.fit import FitMethod
 from dynamo_kvtc.calibration.models import load_model
@@ -20,8 +22,8 @@ from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.errors import CalibrationError, CalibrationStoppedError
 
 
-def test_the_artifact_serves_the_codec_with_the_error_it_promises(settings):
-    artifact = calibrate(settings)
+def test_the_artifact_serves_the_codec_with_the_error_it_promises(calibrated, settings):
+    artifact = calibrated
     loaded = load_model(settings.model, settings.dtype)
     artifact.check_model(loaded.geometry, loaded.rope, loaded.fingerprint.weights_hash)
     assert [group.layers for group in artifact.parameters.groups] == [LayerRange(0, 2), LayerRange(2, 1)]
@@ -46,26 +48,23 @@ def test_the_artifact_serves_the_codec_with_the_error_it_promises(settings):
     assert 0 < float(missed) < 2 * max(promised) + 0.05
 
 
-def test_expected_errors_rise_with_the_ratio(settings):
-    artifact = calibrate(settings)
-    low, high = artifact.manifest.expected_error
+def test_expected_errors_rise_with_the_ratio(calibrated):
+    low, high = calibrated.manifest.expected_error
     assert len(low.keys) == len(low.values) == 3
     assert sum(low.keys) <= sum(high.keys) and sum(low.values) <= sum(high.values)
     assert all(0 <= error < 1 for error in low.keys + low.values)
 
 
-def test_calibration_repeats_exactly_and_the_seed_matters(settings, tmp_path):
-    first = calibrate(settings)
-    again = calibrate(dataclasses.replace(settings, out=tmp_path / "again"))
+def test_calibration_repeats_exactly_and_the_seed_matters(calibrated, settings, tmp_path):
+    again = calibrate(settings)
     other = calibrate(dataclasses.replace(settings, out=tmp_path / "other", seed=1))
-    assert first.manifest.id == again.manifest.id
-    assert first.manifest.id != other.manifest.id
+    assert again.manifest.id == calibrated.manifest.id
+    assert other.manifest.id != calibrated.manifest.id
     assert not (settings.out / run.STATE_FOLDER).exists()
 
 
 @pytest.mark.parametrize("pieces", [1, 5, 9])
-def test_a_stopped_calibration_continues_to_the_same_artifact(settings, tmp_path, pieces):
-    whole = calibrate(dataclasses.replace(settings, out=tmp_path / "whole"))
+def test_a_stopped_calibration_continues_to_the_same_artifact(calibrated, settings, pieces):
     asked = 0
 
     def stop_once() -> bool:
@@ -77,7 +76,7 @@ def test_a_stopped_calibration_continues_to_the_same_artifact(settings, tmp_path
         calibrate(settings, should_stop=stop_once)
     assert not (settings.out / "artifact.json").exists()
     steps: list[run.Progress] = []
-    assert calibrate(settings, steps.append).manifest.id == whole.manifest.id
+    assert calibrate(settings, steps.append).manifest.id == calibrated.manifest.id
     captured = [step for step in steps if step.stage.startswith("capture")]
     assert len(captured) == max(0, 8 - pieces)
 
@@ -90,8 +89,8 @@ def test_the_state_of_other_settings_is_not_used(settings, tmp_path):
     assert calibrate(changed).manifest.id == fresh.manifest.id
 
 
-def test_a_ready_artifact_is_reused_until_an_input_changes(settings):
-    calibrate(settings)
+def test_a_ready_artifact_is_reused_until_an_input_changes(calibrated, settings):
+    shutil.copytree(calibrated.folder, settings.out)
     steps: list[run.Progress] = []
     calibrate(settings, steps.append)
     assert steps == []
@@ -99,10 +98,10 @@ def test_a_ready_artifact_is_reused_until_an_input_changes(settings):
     assert steps != []
 
 
-def test_a_damaged_artifact_is_made_anew(settings):
-    first = calibrate(settings)
+def test_a_damaged_artifact_is_made_anew(calibrated, settings):
+    shutil.copytree(calibrated.folder, settings.out)
     (settings.out / "parameters.safetensors").write_bytes(b"")
-    assert calibrate(settings).manifest.id == first.manifest.id
+    assert calibrate(settings).manifest.id == calibrated.manifest.id
 
 
 def test_progress_rises_to_its_total(settings):
@@ -114,38 +113,38 @@ def test_progress_rises_to_its_total(settings):
     assert {step.total for step in steps} == {steps[0].total}
 
 
-def test_the_randomised_fit_gives_nearly_the_same_errors(settings, tmp_path):
-    exact = calibrate(settings)
-    settings = dataclasses.replace(settings, out=tmp_path / "randomised", method=FitMethod.RANDOMISED)
-    randomised = calibrate(settings)
+def _pairs(first: Artifact, second: Artifact):
+    return zip(first.manifest.expected_error, second.manifest.expected_error, strict=True)
+
+
+def test_the_randomised_fit_gives_nearly_the_same_errors(calibrated, settings):
+    randomised = calibrate(dataclasses.replace(settings, method=FitMethod.RANDOMISED))
     assert randomised.manifest.calibration.method == "randomised"
-    for mine, theirs in zip(randomised.manifest.expected_error, exact.manifest.expected_error, strict=True):
+    for mine, theirs in _pairs(randomised, calibrated):
         assert sum(mine.keys) == pytest.approx(sum(theirs.keys), rel=0.05)
 
 
-def test_the_basis_in_float16_is_as_good_as_in_float32(settings, tmp_path):
-    half = calibrate(settings)
-    full = calibrate(dataclasses.replace(settings, out=tmp_path / "full", basis_dtype="float32"))
-    for mine, theirs in zip(half.manifest.expected_error, full.manifest.expected_error, strict=True):
+def test_the_basis_in_float16_is_as_good_as_in_float32(calibrated, settings):
+    full = calibrate(dataclasses.replace(settings, basis_dtype="float32"))
+    for mine, theirs in _pairs(calibrated, full):
         assert sum(mine.keys) == pytest.approx(sum(theirs.keys), rel=1e-3)
         assert sum(mine.values) == pytest.approx(sum(theirs.values), rel=1e-3)
 
 
-def test_the_report_has_its_three_forms(settings):
+def test_the_report_has_its_three_forms(calibrated):
     pytest.importorskip("matplotlib")
-    artifact = calibrate(settings)
-    summary = json.loads((settings.out / "report.json").read_text())
-    assert summary["id"] == artifact.manifest.id
+    summary = json.loads((calibrated.folder / "report.json").read_text())
+    assert summary["id"] == calibrated.manifest.id
     assert [ratio["ratio"] for ratio in summary["ratios"]] == [4.0, 8.0]
-    text = (settings.out / "report.md").read_text()
+    text = (calibrated.folder / "report.md").read_text()
     assert "![Explained variance and expected error](report.png)" in text
     assert "| 0 to 1 | keys |" in text
-    assert (settings.out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (calibrated.folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_too_little_text_is_refused(settings):
     with pytest.raises(CalibrationError, match="at least 256"):
-        calibrate(dataclasses.replace(settings, tokens=200))
+        calibrate(dataclasses.replace(settings, tokens=150))
 
 
 def test_a_ratio_that_leaves_nothing_is_refused(settings):
