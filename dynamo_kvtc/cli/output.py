@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -90,11 +90,11 @@ def print_error(error: KvtcError) -> None:
 
 
 def progress() -> Progress:
-    """Return a progress display on standard error: what, bar, how many, elapsed, time left."""
+    """Return a progress display on standard error: what, bar, per cent, elapsed, time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
