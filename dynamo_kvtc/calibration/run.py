@@ -252,7 +252,7 @@ class _Work:
         covariance = sum(2 * len(SIDES) * row**2 for row in rows)
         self._per_document = float(settings.document_tokens * (2 * parameters + covariance))
         self._capture = documents * self._per_document
-        self._sides = [30.0 * row**3 + 1e5 * row * settings.sample_tokens for row in rows for _ in SIDES]
+        self._sides = [20.0 * row**3 + 4e5 * row * settings.sample_tokens for row in rows for _ in SIDES]
         self.total = self._capture + sum(self._sides)
 
     def captured(self, documents: int) -> float:
