@@ -40,8 +40,8 @@ from dynamo_kvtc.transfer import MemorySpan, TransferAgent
 
 __all__ = ["DiskSettings", "DiskTier"]
 
-#: Segments that fill the capacity when all are full. Twice as many may be open, each with a descriptor.
-_FULL_SEGMENTS = 256
+#: Segments that fill the capacity when all are full. Twice as many may be open, with two descriptors each.
+_FULL_SEGMENTS = 128
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -56,7 +56,7 @@ class DiskSettings:
     Attributes
     ----------
     segment_bytes : int
-        Size of a segment file; larger ones are used where the capacity would need more than 256 of them.
+        Size of a segment file; larger ones are used where the capacity would need more than 128 of them.
     durability : str
         ``"none"``: objects survive the process, not surely a power failure. ``"fsync"``: what `put`
         reported as stored survives a power failure.
@@ -251,8 +251,8 @@ class DiskTier(IndexedTier):
         if self._closed:
             return
         self._closed = True
-        await self._log.close(_CLOSE_TIMEOUT_S)
-        os.close(self._lock)
+        # The lock goes when nothing of this tier can touch the folder any more.
+        await self._log.close(_CLOSE_TIMEOUT_S, lambda: os.close(self._lock))
 
 
 def _left(deadline: float) -> float:
@@ -267,4 +267,4 @@ def _damaged(reads: Sequence[tuple[ReadRequest, Location]]) -> list[ReadRequest]
 
 
 def _file_size(segment: Segment) -> int:
-    return os.fstat(segment.file.fd).st_size
+    return os.fstat(segment.fd).st_size

@@ -12,9 +12,10 @@ import logging
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
@@ -50,20 +51,29 @@ class Segment:
 
     Attributes
     ----------
+    file : FileRegion
+        NIXL's descriptor of the file.
+    fd : int
+        The log's own descriptor, used and closed in the log's thread only, so that no call of that thread
+        can meet a number that has been given to another file.
     end : int
         Where the next record goes.
     live_bytes : int
         Bytes of its records, and of those being written.
     live_records : int
         How many these are; a sealed segment without any is deleted.
+    holes : deque[tuple[int, int]]
+        Ranges ``(start, stop)`` that are to be punched out.
     """
 
     header: SegmentHeader
     path: Path
     file: FileRegion
+    fd: int
     end: int
     live_bytes: int = 0
     live_records: int = 0
+    holes: deque[tuple[int, int]] = field(default_factory=deque)
 
     def span(self, offset: int, nbytes: int) -> FileSpan:
         """Return a span of the segment's file."""
@@ -90,7 +100,7 @@ class SegmentLog:
         self._closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-disk")
         self._next_serial = 0
-        self._deletions: set[asyncio.Task[None]] = set()
+        self._closing_files: set[asyncio.Task[None]] = set()
         self.allocated_bytes = 0
 
     def __len__(self) -> int:
@@ -137,7 +147,7 @@ class SegmentLog:
         """Take over a segment that recovery has found and tidied; call in order of age."""
         end = records[-1].stop
         file = await self._agent.open_file(path, nbytes=max(self._segment_bytes, end))
-        segment = Segment(header, path, file, end)
+        segment = Segment(header, path, file, os.dup(file.fd), end)
         self._segments[header.serial] = segment
         self._next_serial = header.serial + 1
         self._active = segment if end < self._segment_bytes else None
@@ -174,7 +184,7 @@ class SegmentLog:
         segment.live_records += 1
         segment.live_bytes += size
         try:
-            await self.run(lambda: allocate_range(segment.file.fd, start, size), timeout_s)
+            await self.run(lambda: allocate_range(segment.fd, start, size), timeout_s)
         except BaseException:
             self.release(segment, start + RECORD_HEADER_BYTES, nbytes)
             raise
@@ -200,7 +210,7 @@ class SegmentLog:
         OSError, TransferTimeoutError
             If that fails; `release` the record then.
         """
-        fd = segment.file.fd
+        fd = segment.fd
 
         def write() -> int:
             checksum = xxhash.xxh3_64_intdigest(data)
@@ -234,13 +244,19 @@ class SegmentLog:
         path = self._folder / segment_name(header.serial)
         fd = await self.run(lambda: create_segment(path, header, fsync=self._fsync), None)
         limit = max(self._segment_bytes, BLOCK_BYTES + record_size)
+        nixl_fd = os.dup(fd)
         try:
-            file = await self._agent.register_file(fd, limit, name=path.name, owns_fd=True)
+            file = await self._agent.register_file(nixl_fd, limit, name=path.name, owns_fd=True)
         except BaseException:
+            os.close(nixl_fd)
             os.close(fd)
             self._in_background(path.unlink)
             raise
-        segment = Segment(header, path, file, BLOCK_BYTES)
+        if self._closing:
+            os.close(fd)
+            await self._agent.close_file(file)
+            raise TierClosedError(f"the disk tier in {self._folder} is closed")
+        segment = Segment(header, path, file, fd, BLOCK_BYTES)
         self._segments[header.serial] = segment
         self.allocated_bytes += BLOCK_BYTES
         sealed, self._active = self._active, segment
@@ -256,28 +272,25 @@ class SegmentLog:
         segment.live_records -= 1
         self.allocated_bytes -= size
 
-        def punch() -> None:
+        def give_back() -> None:
             if not self._delete_if_empty(segment):
-                self._in_background(lambda: punch_hole(segment.file.fd, start, size))
+                segment.holes.append((start, start + size))
+                if len(segment.holes) == 1:
+                    self._in_background(lambda: _punch(segment))
 
-        self._agent.on_drained(segment.span(start, size), punch)
+        self._agent.on_drained(segment.span(start, size), give_back)
 
     def _delete_if_empty(self, segment: Segment) -> bool:
         if segment is self._active or segment.live_records or segment.header.serial not in self._segments:
             return False
         del self._segments[segment.header.serial]
         self.allocated_bytes -= BLOCK_BYTES
-        task = asyncio.get_running_loop().create_task(self._delete(segment))
-        self._deletions.add(task)
-        task.add_done_callback(self._deletions.discard)
+        segment.holes.clear()
+        self._in_background(lambda: _remove(segment.path, segment.fd))
+        task = asyncio.get_running_loop().create_task(self._agent.close_file(segment.file))
+        self._closing_files.add(task)
+        task.add_done_callback(self._closing_files.discard)
         return True
-
-    async def _delete(self, segment: Segment) -> None:
-        # The descriptor is closed only after the thread has done all that was asked of it before, holes in
-        # this file included: by then its number may belong to another file.
-        with contextlib.suppress(OSError, TierClosedError):
-            await self.run(segment.path.unlink, None)
-        await self._agent.close_file(segment.file)
 
     def _in_background(self, function: Callable[[], None]) -> None:
         if self._closing:
@@ -299,22 +312,34 @@ class SegmentLog:
 
     async def scan(self, segment: Segment, timeout_s: float) -> SegmentScan | None:
         """Read a segment's record headers again."""
-        return await self.run(lambda: scan_segment(segment.file.fd), timeout_s)
+        return await self.run(lambda: scan_segment(segment.fd), timeout_s)
 
-    async def close(self, timeout_s: float) -> None:
-        """Close the files; what is on disk stays. The thread ends after what it was asked to do."""
+    async def close(self, timeout_s: float, last: Callable[[], None]) -> None:
+        """Close the files; what is on disk stays.
+
+        Parameters
+        ----------
+        timeout_s : float
+            How long to wait for the log's thread to end what it was asked to do; it goes on beyond that.
+        last : Callable
+            What the thread does at the very end.
+        """
         self._closing = True
-        try:
-            await self._in_thread(lambda: None, timeout_s)
-        except TransferTimeoutError:
-            # The thread is stuck in a file system call: descriptors that it may still use stay open.
-            return
-        if self._deletions:
-            await asyncio.wait(self._deletions, timeout=timeout_s)
-        for segment in self._segments.values():
-            await self._agent.close_file(segment.file)
+        segments = list(self._segments.values())
         self._segments.clear()
+
+        def finish() -> None:
+            for segment in segments:
+                os.close(segment.fd)
+            last()
+
+        with contextlib.suppress(TransferTimeoutError):
+            await self._in_thread(finish, timeout_s)
         self._thread.shutdown(wait=False)
+        for segment in segments:
+            await self._agent.close_file(segment.file)
+        if self._closing_files:
+            await asyncio.wait(self._closing_files, timeout=timeout_s)
 
 
 def create_segment(path: Path, header: SegmentHeader, *, fsync: bool) -> int:
@@ -340,6 +365,28 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _punch(segment: Segment) -> None:
+    """Punch out a segment's holes, neighbouring ones together. Blocking."""
+    holes = []
+    with contextlib.suppress(IndexError):
+        while True:
+            holes.append(segment.holes.popleft())
+    merged: list[list[int]] = []
+    for start, stop in sorted(holes):
+        if merged and merged[-1][1] == start:
+            merged[-1][1] = stop
+        else:
+            merged.append([start, stop])
+    for start, stop in merged:
+        punch_hole(segment.fd, start, stop - start)
+
+
+def _remove(path: Path, fd: int) -> None:
+    """Delete a segment's file. Blocking."""
+    os.close(fd)
+    path.unlink(missing_ok=True)
 
 
 def _retrieve(future: asyncio.Future[T]) -> None:

@@ -467,3 +467,16 @@ async def test_a_failing_disk_is_a_transfer_error(
 def test_senseless_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         DiskSettings(**bad)  # type: ignore[arg-type]
+
+
+async def test_clearing_many_objects_and_closing_at_once_gives_all_space_back(
+    open_disk: OpenDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = await open_disk(capacity_bytes=64 << 20, segment_bytes=1 << 20)
+    for number in range(500):
+        await driver.put(number, 3000)
+    await driver.tier.clear()
+    await driver.tier.close()
+    await driver.staging._agent.close()
+    assert disk_bytes(tmp_path) <= 4 * BLOCK_BYTES
+    assert caplog.records == []
