@@ -41,14 +41,13 @@ def test_a_real_model_notices_coarse_quantisation_and_not_fine() -> None:
     codecs = [
         CodecUnderTest("raw", 1.0, RawCodec(loaded.geometry)),
         CodecUnderTest("8 bits", 2.0, _plain_quantisation(loaded, QuantType.FP8)),
-        CodecUnderTest("4 bits", 4.0, _plain_quantisation(loaded, QuantType.INT4)),
         CodecUnderTest("2 bits", 8.0, _plain_quantisation(loaded, QuantType.INT2)),
     ]
-    reference_nll, (raw, eight, four, two) = evaluate_codecs(loaded, codecs, documents, protocol)
+    reference_nll, (raw, eight, two) = evaluate_codecs(loaded, codecs, documents, protocol)
     assert 1 < reference_nll < 5  # it is real text, and a real model of it
     assert (raw.kl, raw.top1) == (0, 1)
-    assert 0 < eight.kl < four.kl < two.kl
+    assert 0 < eight.kl < two.kl
     assert eight.kl < 0.02
     assert two.kl > 0.1
-    assert eight.key_error < four.key_error < two.key_error < 1
-    assert raw.ratio < eight.ratio < four.ratio < two.ratio
+    assert 0 < eight.key_error < two.key_error
+    assert raw.ratio < eight.ratio < two.ratio
