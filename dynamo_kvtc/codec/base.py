@@ -92,6 +92,13 @@ class KvCodec(ABC):
     def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return the exact size of a stream's header with its chunk table, known before encoding."""
 
+    def max_header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return an upper bound of the header of any stream that this codec can decode.
+
+        Streams written with another plan or other settings may have other headers than its own.
+        """
+        return self.header_bytes(num_tokens, sink_tokens)
+
     @abstractmethod
     def max_stream_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return an upper bound, in bytes, of the stream of a tier block of `num_tokens` tokens."""

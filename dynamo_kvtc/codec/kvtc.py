@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -162,17 +162,32 @@ class KvtcCodec(KvCodec):
 
     def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return the exact size of a stream's header with its chunk table."""
-        return header_size(sum(len(sizes) or 1 for sizes in self._chunk_sizes(num_tokens, sink_tokens)))
+        return self._header_bytes(num_tokens, sink_tokens, self._encoding_plan(), self._sink_bits)
+
+    @lru_cache  # noqa: B019  # a codec lives as long as its process serves
+    def max_header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return an upper bound of the header of a stream of any plan and any sink bits."""
+        return max(
+            self._header_bytes(num_tokens, sink_tokens, plan_id, sink_bits)
+            for plan_id in self.parameters.ratios
+            for sink_bits in SINK_BITS
+        )
+
+    def _header_bytes(self, num_tokens: int, sink_tokens: int, plan_id: int, sink_bits: int) -> int:
+        sections = self._chunk_sizes(num_tokens, sink_tokens, plan_id, sink_bits)
+        return header_size(sum(len(sizes) or 1 for sizes in sections))
 
     def max_stream_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return an upper bound of a stream's size: that of chunks which do not shrink."""
-        chunks = (align(size) for sizes in self._chunk_sizes(num_tokens, sink_tokens) for size in sizes)
+        sections = self._chunk_sizes(num_tokens, sink_tokens, self._encoding_plan(), self._sink_bits)
+        chunks = (align(size) for sizes in sections for size in sizes)
         return self.header_bytes(num_tokens, sink_tokens) + sum(chunks)
 
-    def _chunk_sizes(self, num_tokens: int, sink_tokens: int) -> Iterator[tuple[int, ...]]:
+    def _chunk_sizes(
+        self, num_tokens: int, sink_tokens: int, plan_id: int, sink_bits: int
+    ) -> Iterator[tuple[int, ...]]:
         """Plain chunk sizes of each section, in stream order."""
-        plan_id = self._encoding_plan()
-        sinks = SinkCodec(self.geometry, self._sink_bits)
+        sinks = SinkCodec(self.geometry, sink_bits)
         for group, layers in enumerate(self.layer_groups):
             for kind in (SectionKind.KEYS, SectionKind.VALUES):
                 yield self._side(group, kind, plan_id).layout.chunk_sizes(num_tokens - sink_tokens)

@@ -86,12 +86,20 @@ class CodecParameters:
 
     def __post_init__(self) -> None:
         if len(self.artifact_id) != ARTIFACT_ID_BYTES:
-            raise ArtifactFormatError(f"artifact id has {len(self.artifact_id)} bytes, not {ARTIFACT_ID_BYTES}")
+            raise ArtifactFormatError(
+                f"artifact id has {len(self.artifact_id)} bytes, not {ARTIFACT_ID_BYTES}"
+            )
         position = 0
         for group in self.groups:
             row = group.layers.count * self.geometry.layer_size
-            if group.layers.first != position or row != group.keys.mean.numel() or row != group.values.mean.numel():
-                raise ArtifactFormatError(f"layer group at layer {group.layers.first} does not fit {self.geometry}")
+            if (
+                group.layers.first != position
+                or row != group.keys.mean.numel()
+                or row != group.values.mean.numel()
+            ):
+                raise ArtifactFormatError(
+                    f"layer group at layer {group.layers.first} does not fit {self.geometry}"
+                )
             position = group.layers.stop
         if position != self.geometry.num_layers:
             raise ArtifactFormatError(f"layer groups cover {position} of {self.geometry.num_layers} layers")

@@ -71,7 +71,8 @@ class BitPlan:
         for group in self.groups:
             if group.size not in GROUP_SIZES or group.type is QuantType.NONE or group.start < position:
                 raise ArtifactFormatError(
-                    f"bit plan is not a sequence of disjoint, ascending groups of sizes {GROUP_SIZES}: {group}"
+                    "bit plan is not a sequence of disjoint, ascending groups of sizes "
+                    f"{GROUP_SIZES}: {group}"
                 )
             position = group.stop
 

@@ -185,7 +185,8 @@ class TierAdapter:
         tokens = self.policy.tier_block_tokens
         headers = []
         for index in range(await self.tiers.contains_prefix(keys)):
-            size = self.codec.header_bytes(tokens, self.policy.sinks_in(index * tokens))
+            bound = self.codec.max_header_bytes(tokens, self.policy.sinks_in(index * tokens))
+            size = min(bound, self.tiers.size_of(keys[index]) or bound)
             async with self._staging.lease(size, timeout_s=self._store_timeout_s) as span:
                 await self.tiers.get([ReadRequest(keys[index], 0, span)], timeout_s=self._store_timeout_s)
                 headers.append(self.codec.read_header(span.view, binding=keys[index]))

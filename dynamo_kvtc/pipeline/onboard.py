@@ -208,10 +208,12 @@ class _Request:
 
     async def _read_headers(self) -> None:
         """Read and check every tier block's header, in one batch of small reads."""
-        sizes = [
-            self._codec.header_bytes(ref.num_tokens, self._policy.sinks_in(ref.first_position))
-            for ref in self._refs
-        ]
+        sizes = []
+        for ref in self._refs:
+            bound = self._codec.max_header_bytes(ref.num_tokens, self._policy.sinks_in(ref.first_position))
+            stored = self._tiers.size_of(ref.key)
+            # An object that is gone fails the read below, which says so.
+            sizes.append(bound if stored is None else min(bound, stored))
         async with self._staging.lease(sum(sizes), timeout_s=self._settings.timeout_s) as span:
             spans, offset = [], 0
             for size in sizes:
@@ -280,8 +282,8 @@ class _Request:
             for index in range(unit.first, min(unit.stop, self._sound))
         ]
         total = sum(stop - start for start, stop in spans_in_stream)
-        if not total:
-            return []
+        if not total:  # the request ended in front of this unit, or its plan stores nothing
+            return [memoryview(b"")] * len(spans_in_stream)
         lease = self._staging.lease(total, timeout_s=self._settings.timeout_s)
         span = await leases.enter_async_context(lease)
         reads, offset = [], 0

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rig import BLOCK_SIZE, GEOMETRY, POLICY, make_cache, open_rig
+from rig import BLOCK_SIZE, GEOMETRY, POLICY, make_cache, make_parameters, open_rig
 
+from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError, LayoutError, TierClosedError
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
@@ -39,6 +40,27 @@ async def test_a_new_process_is_served_from_disk(tmp_path: Path) -> None:
         assert await rig.adapter.lookup(blocks.hashes) == 96
         await rig.adapter.onboard(blocks, rig.destination).wait()
         rig.assert_in_place(blocks)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2.0, 16.0), (16.0, 2.0)])
+async def test_a_changed_ratio_serves_what_was_stored_before(
+    tmp_path: Path, first: float, second: float
+) -> None:
+    parameters = make_parameters(GEOMETRY, groups=2, ratios=(2.0, 16.0))
+    policy = OffloadPolicy(tier_block_tokens=256, sink_tokens=4, recent_window=0, minimum_tokens=0)
+    old = KvtcCodec(parameters, ratio=first, sink_bits=8, threads=1)
+    async with open_rig(tmp_path, codec=old, policy=policy) as rig:
+        blocks = rig.sequence(512)
+        await rig.store(blocks)
+        expected = rig.expected(blocks)
+    new = KvtcCodec(parameters, ratio=second, sink_bits=16, threads=1)
+    sizes = {codec.header_bytes(256, 4) for codec in (old, new)}
+    assert len(sizes) == 2  # else this would show nothing
+    async with open_rig(tmp_path, codec=new, policy=policy) as rig:
+        assert await rig.adapter.lookup(blocks.hashes) == 512
+        await rig.adapter.onboard(blocks, rig.destination).wait()
+        keys, values = rig.destination.gather(blocks.block_ids)
+        assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
 
 async def test_each_layer_is_whole_when_its_awaitable_fires(tmp_path: Path) -> None:
