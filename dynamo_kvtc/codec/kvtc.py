@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -313,37 +313,37 @@ class KvtcCodec(KvCodec):
 
     def decode_layer(self, parts: Sequence[OpenedGroup], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn opened groups of consecutive tier blocks into one layer's KV; see `KvCodec.decode_layer`."""
-        geometry = self.geometry
-        tokens = sum(part.num_tokens for part in parts)
-        shape = (tokens, geometry.num_kv_heads, geometry.head_size)
-        keys, values = torch.empty((2, *shape), dtype=geometry.torch_dtype)
-        start = 0
-        # One product per part: its operands stay in the caches of the CPU, and its result does not depend
-        # on which other parts it is decoded with.
-        for part in parts:
-            stop = start + part.num_tokens
-            self._decode_part(part, layer, keys[start:stop], values[start:stop])
-            start = stop
-        return keys, values
+        shape = (-1, self.geometry.num_kv_heads, self.geometry.head_size)
+        cos, sin = (torch.cat(tables) for tables in zip(*(part.cos_sin for part in parts), strict=True))
+        keys = self._reconstruct(parts, SectionKind.KEYS, layer).view(shape)
+        keys = self._to_cache(self.parameters.rope.rotate(keys, cos, sin))
+        values = self._to_cache(self._reconstruct(parts, SectionKind.VALUES, layer).view(shape))
+        if not any(part.sink_tokens for part in parts):
+            return keys, values
+        index = layer - self.layer_groups[parts[0].group].first
+        counts = [part.positions.numel() for part in parts]
+        return (
+            _interleave([part.sink_keys[index] for part in parts], torch.split(keys, counts)),
+            _interleave([part.sink_values[index] for part in parts], torch.split(values, counts)),
+        )
 
-    def _decode_part(self, part: OpenedGroup, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one layer of one part to `keys` and `values`, ``[tokens, num_kv_heads, head_size]``."""
-        index = layer - self.layer_groups[part.group].first
-        sinks = part.sink_tokens
-        coded_keys, coded_values = keys[sinks:], values[sinks:]
-        rows = self._side(part.group, SectionKind.KEYS, part.plan_id).reconstruct(part.keys, index)
-        rotated = self.parameters.rope.rotate(rows.view(coded_keys.shape), *part.cos_sin)
-        coded_keys.copy_(self._in_range(rotated))
-        rows = self._side(part.group, SectionKind.VALUES, part.plan_id).reconstruct(part.values, index)
-        coded_values.copy_(self._in_range(rows.view(coded_values.shape)))
-        keys[:sinks], values[:sinks] = part.sink_keys[index], part.sink_values[index]
+    def _reconstruct(self, parts: Sequence[OpenedGroup], kind: SectionKind, layer: int) -> torch.Tensor:
+        """Return one layer of one side, float32 ``[coded tokens of all parts, layer_size]``."""
+        rows = []
+        for plan_id, same_plan in groupby(parts, key=lambda part: part.plan_id):
+            group = parts[0].group
+            coefficients = [part.keys if kind is SectionKind.KEYS else part.values for part in same_plan]
+            index = layer - self.layer_groups[group].first
+            rows.append(self._side(group, kind, plan_id).reconstruct(coefficients, index))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _in_range(self, kv: torch.Tensor) -> torch.Tensor:
-        """Keep the quantisation error of the largest float16 numbers from turning them into infinity."""
-        if self.geometry.torch_dtype is not torch.float16:
-            return kv
-        limit = torch.finfo(torch.float16).max
-        return kv.clamp_(-limit, limit)
+    def _to_cache(self, kv: torch.Tensor) -> torch.Tensor:
+        """Round to the cache's dtype."""
+        if self.geometry.torch_dtype is torch.float16:
+            # The quantisation error of the largest numbers must not turn them into infinity.
+            limit = torch.finfo(torch.float16).max
+            kv = kv.clamp_(-limit, limit)
+        return kv.to(self.geometry.torch_dtype)
 
     # --- shared ----------------------------------------------------------------------------------
 
@@ -362,3 +362,8 @@ class KvtcCodec(KvCodec):
                 side = parameters.keys if kind is SectionKind.KEYS else parameters.values
                 self._sides[key] = SideCodec(side, plan_id, self.geometry.layer_size, self._dtype)
             return self._sides[key]
+
+
+def _interleave(sinks: Sequence[torch.Tensor], coded: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join each part's sink tokens and coded tokens, all ``[tokens, num_kv_heads, head_size]``."""
+    return torch.cat([piece for pair in zip(sinks, coded, strict=True) for piece in pair])

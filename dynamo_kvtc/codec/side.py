@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -63,6 +65,6 @@ class SideCodec:
         """
         return self._quantiser.dequantise(unpack(payload, self.layout, tokens), self._transform.dtype)
 
-    def reconstruct(self, coefficients: torch.Tensor, layer: int) -> torch.Tensor:
-        """Return one layer of the group, float32 ``[tokens, layer_size]``, from `decode`'s result."""
+    def reconstruct(self, coefficients: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        """Return one layer of the group from what `decode` returned; see `SideTransform.inverse`."""
         return self._transform.inverse(coefficients, layer)

@@ -7,6 +7,7 @@ product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -85,22 +86,30 @@ class SideTransform:
         centred = (rows - self._side.mean).to(self._dtype)
         return self._forward_weights @ centred.t()
 
-    def inverse(self, coefficients: torch.Tensor, layer: int) -> torch.Tensor:
-        """Reconstruct one layer.
+    def inverse(self, coefficients: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        """Reconstruct one layer of several tier blocks.
 
         Parameters
         ----------
-        coefficients : torch.Tensor
-            ``[stored, tokens]`` in the compute dtype.
+        coefficients : Sequence[torch.Tensor]
+            ``[stored, tokens]`` in the compute dtype, one for each tier block.
         layer : int
             Index of the layer within its group.
 
         Returns
         -------
         torch.Tensor
-            float32 ``[tokens, layer_size]``.
+            float32 ``[tokens of all tier blocks, layer_size]``.
         """
-        return (coefficients.t() @ self._inverse_weights[layer]).float().add_(self._layer_means[layer])
+        weights = self._inverse_weights[layer]
+        rows = torch.empty((sum(c.shape[1] for c in coefficients), self._layer_size), dtype=self._dtype)
+        start = 0
+        # One product per tier block, so that none depends on which others it is decoded with.
+        for one in coefficients:
+            stop = start + one.shape[1]
+            torch.mm(one.t(), weights, out=rows[start:stop])
+            start = stop
+        return rows.float().add_(self._layer_means[layer])
 
     @property
     def dtype(self) -> torch.dtype:
