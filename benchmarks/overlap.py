@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from common import BLOCK_SIZE, Subject, interleave, load_subject, parse_arguments, publish, timed
+from common import BLOCK_SIZE, Subject, interleave, load_subject, parse_arguments, publish
 
 from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.pipeline.adapter import TierAdapter
@@ -33,11 +33,12 @@ _TIMEOUT_S = 60.0
 
 
 @torch.inference_mode()
-def decode(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> None:
-    """Decode streams and scatter every layer into fresh blocks, as onboarding does."""
+def decode(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> float:
+    """Decode streams and scatter every layer into fresh blocks, as onboarding does; return the seconds."""
     engine = subject.session.engine
     session = engine.session(subject.token_ids)
     block_ids = session.reserve(len(subject.token_ids)).block_ids
+    start = time.perf_counter()
     headers = [codec.read_header(stream) for stream in streams]
     for group, layers in enumerate(codec.layer_groups):
         parts = []
@@ -46,7 +47,14 @@ def decode(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> None
             parts.append(codec.open_group(header, group, memoryview(stream)[first:stop]))
         for layer in range(layers.first, layers.stop):
             engine.cache.scatter_layer(layer, block_ids, *codec.decode_layer(parts, layer))
+    seconds = time.perf_counter() - start
     session.evict()
+    return seconds
+
+
+async def decode_alone(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> float:
+    """Decode in a thread, as onboarding does."""
+    return await asyncio.to_thread(decode, subject, codec, streams)
 
 
 async def transfer(subject: Subject, adapter: TierAdapter, memory: MemoryRegion) -> float:
@@ -83,7 +91,7 @@ async def main() -> None:
     codec = KvtcCodec(subject.artifact.parameters, ratio=arguments.ratio)
     streams = codec.encode(subject.gather(policy))
     stored = sum(len(stream) for stream in streams)
-    trials = [await timed(lambda: decode(subject, codec, streams)) for _ in range(arguments.repetitions + 1)]
+    trials = [await decode_alone(subject, codec, streams) for _ in range(arguments.repetitions + 1)]
     bytes_per_s = stored / statistics.median(trials[1:])
 
     agent = await TransferAgent.create()
@@ -94,7 +102,7 @@ async def main() -> None:
             seconds = await interleave(
                 {
                     "transfer alone": lambda: transfer(subject, adapter, memory),
-                    "decode alone": lambda: timed(lambda: decode(subject, codec, streams)),
+                    "decode alone": lambda: decode_alone(subject, codec, streams),
                     "onboard": lambda: subject.onboard(adapter),
                 },
                 arguments.repetitions,

@@ -78,7 +78,14 @@ def _print_codecs(report: BenchReport) -> None:
                 *_entropy_cells(bench.entropy),
             )
         )
-    columns = ("nominal", "ratio", "encode tok/s", "decode tok/s", "entropy coding", "above order-0 entropy")
+    columns = (
+        "nominal",
+        "ratio",
+        "encode tok/s",
+        "decode tok/s",
+        "entropy coding",
+        "against order-0 entropy",
+    )
     print_table(make_table(f"Codec on {where}", columns, rows))
     for name, direction in (("encode", "encode_shares"), ("decode", "decode_shares")):
         shares = [getattr(bench.speed, direction) for bench in report.codecs]

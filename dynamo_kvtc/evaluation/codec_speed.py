@@ -67,7 +67,7 @@ class CodecSpeed:
 
 @dataclass(frozen=True, slots=True)
 class EntropyCoding:
-    """Bytes of all chunks before and after entropy coding, and the bound for coders without a model.
+    """Bytes of all chunks before and after entropy coding, and their order-0 entropy.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class EntropyCoding:
         Before and after; headers and padding are in neither.
     entropy_bytes : float
         Sum of the chunks' order-0 entropies: what an ideal coder of single bytes that knew each chunk's
-        frequencies would need.
+        frequencies would need. A coder that finds repetitions can do better.
     """
 
     plain_bytes: int

@@ -62,8 +62,8 @@ def test_entropy_coding_counts_exactly_the_coded_chunks(tiny_artifact: Artifact)
     assert {chunk.kind for chunk in chunks} >= {SectionKind.KEYS, SectionKind.VALUES}
     assert measured.plain_bytes == sum(chunk.plain_size for chunk in chunks)
     assert measured.stored_bytes == sum(chunk.stored_size for chunk in chunks)
-    # Huffman codes without matches cannot beat the order-0 entropy, and lose little to it.
-    assert measured.entropy_bytes < measured.stored_bytes < 1.1 * measured.entropy_bytes + 200 * len(chunks)
+    # Chunks this small pay much for their Huffman tables; repetitions are too rare to win it back.
+    assert 0.9 < measured.stored_bytes / measured.entropy_bytes < 1.3
 
 
 def test_entropy_of_stored_chunks_is_not_counted(tiny_artifact: Artifact) -> None:
