@@ -143,6 +143,21 @@ class KvCodec(ABC):
             The profile's own intermediate (coefficients); hand it to `decode_layer`.
         """
 
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        """Join opened groups of consecutive tier blocks where that makes decoding their layers faster.
+
+        Parameters
+        ----------
+        parts : Sequence
+            What `open_group` returned for one layer group, in the order of the tokens.
+
+        Returns
+        -------
+        list
+            The same tokens for `decode_layer`, in fewer parts or as they were.
+        """
+        return list(parts)
+
     @abstractmethod
     def decode_layer(self, parts: Sequence[Any], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn the opened group of consecutive tier blocks into one layer's KV.
@@ -150,7 +165,7 @@ class KvCodec(ABC):
         Parameters
         ----------
         parts : Sequence
-            What `open_group` returned, for the group that `layer` lies in, one per tier block.
+            What `open_group` or `join` returned, for the group that `layer` lies in.
 
         Returns
         -------

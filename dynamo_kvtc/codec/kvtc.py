@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ __all__ = ["KvtcCodec", "OpenedGroup"]
 class OpenedGroup:
     """One layer group of one stream, inflated and dequantised; what `KvtcCodec.decode_layer` takes.
 
+    Joined ones hold several consecutive streams.
+
     Attributes
     ----------
     group : int
@@ -57,7 +59,7 @@ class OpenedGroup:
     plan_id : int
         Bit plan that the coefficients belong to.
     keys, values : torch.Tensor
-        Coefficients ``[stored, coded tokens]`` in the compute dtype.
+        Coefficients ``[coded tokens, stored]`` in the compute dtype.
     sink_keys, sink_values : torch.Tensor
         ``[layers, sink tokens, num_kv_heads, head_size]`` in the cache's dtype.
     positions : torch.Tensor
@@ -311,39 +313,48 @@ class KvtcCodec(KvCodec):
             rope=self.parameters.rope,
         )
 
+    def join(self, parts: Sequence[OpenedGroup]) -> list[OpenedGroup]:
+        """Join streams of one plan; larger products are faster. See `KvCodec.join`."""
+        runs: list[list[OpenedGroup]] = []
+        for part in parts:
+            if runs and part.plan_id == runs[-1][0].plan_id and not part.sink_tokens:
+                runs[-1].append(part)
+            else:
+                runs.append([part])
+        return [_join_run(run) for run in runs]
+
     def decode_layer(self, parts: Sequence[OpenedGroup], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn opened groups of consecutive tier blocks into one layer's KV; see `KvCodec.decode_layer`."""
-        shape = (-1, self.geometry.num_kv_heads, self.geometry.head_size)
-        cos, sin = (torch.cat(tables) for tables in zip(*(part.cos_sin for part in parts), strict=True))
-        keys = self._reconstruct(parts, SectionKind.KEYS, layer).view(shape)
-        keys = self._to_cache(self.parameters.rope.rotate(keys, cos, sin))
-        values = self._to_cache(self._reconstruct(parts, SectionKind.VALUES, layer).view(shape))
-        if not any(part.sink_tokens for part in parts):
-            return keys, values
-        index = layer - self.layer_groups[parts[0].group].first
-        counts = [part.positions.numel() for part in parts]
-        return (
-            _interleave([part.sink_keys[index] for part in parts], torch.split(keys, counts)),
-            _interleave([part.sink_values[index] for part in parts], torch.split(values, counts)),
-        )
+        geometry = self.geometry
+        tokens = sum(part.num_tokens for part in parts)
+        shape = (tokens, geometry.num_kv_heads, geometry.head_size)
+        keys, values = torch.empty((2, *shape), dtype=geometry.torch_dtype)
+        start = 0
+        # One product per part keeps all steps on it within the caches of the CPU.
+        for part in parts:
+            stop = start + part.num_tokens
+            self._decode_part(part, layer, keys[start:stop], values[start:stop])
+            start = stop
+        return keys, values
 
-    def _reconstruct(self, parts: Sequence[OpenedGroup], kind: SectionKind, layer: int) -> torch.Tensor:
-        """Return one layer of one side, float32 ``[coded tokens of all parts, layer_size]``."""
-        rows = []
-        for plan_id, same_plan in groupby(parts, key=lambda part: part.plan_id):
-            group = parts[0].group
-            coefficients = [part.keys if kind is SectionKind.KEYS else part.values for part in same_plan]
-            index = layer - self.layer_groups[group].first
-            rows.append(self._side(group, kind, plan_id).reconstruct(coefficients, index))
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    def _decode_part(self, part: OpenedGroup, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write one layer of one part to `keys` and `values`, ``[tokens, num_kv_heads, head_size]``."""
+        index = layer - self.layer_groups[part.group].first
+        sinks = part.sink_tokens
+        coded_keys, coded_values = keys[sinks:], values[sinks:]
+        rows = self._side(part.group, SectionKind.KEYS, part.plan_id).reconstruct(part.keys, index)
+        rotated = self.parameters.rope.rotate(rows.view(coded_keys.shape), *part.cos_sin)
+        coded_keys.copy_(self._in_range(rotated))
+        rows = self._side(part.group, SectionKind.VALUES, part.plan_id).reconstruct(part.values, index)
+        coded_values.copy_(self._in_range(rows.view(coded_values.shape)))
+        keys[:sinks], values[:sinks] = part.sink_keys[index], part.sink_values[index]
 
-    def _to_cache(self, kv: torch.Tensor) -> torch.Tensor:
-        """Round to the cache's dtype."""
-        if self.geometry.torch_dtype is torch.float16:
-            # The quantisation error of the largest numbers must not turn them into infinity.
-            limit = torch.finfo(torch.float16).max
-            kv = kv.clamp_(-limit, limit)
-        return kv.to(self.geometry.torch_dtype)
+    def _in_range(self, kv: torch.Tensor) -> torch.Tensor:
+        """Keep the quantisation error of the largest float16 numbers from turning them into infinity."""
+        if self.geometry.torch_dtype is not torch.float16:
+            return kv
+        limit = torch.finfo(torch.float16).max
+        return kv.clamp_(-limit, limit)
 
     # --- shared ----------------------------------------------------------------------------------
 
@@ -364,6 +375,13 @@ class KvtcCodec(KvCodec):
             return self._sides[key]
 
 
-def _interleave(sinks: Sequence[torch.Tensor], coded: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join each part's sink tokens and coded tokens, all ``[tokens, num_kv_heads, head_size]``."""
-    return torch.cat([piece for pair in zip(sinks, coded, strict=True) for piece in pair])
+def _join_run(run: Sequence[OpenedGroup]) -> OpenedGroup:
+    """Join streams of one plan of which only the first has sink tokens."""
+    if len(run) == 1:
+        return run[0]
+    return replace(
+        run[0],
+        keys=torch.cat([part.keys for part in run]),
+        values=torch.cat([part.values for part in run]),
+        positions=torch.cat([part.positions for part in run]),
+    )

@@ -7,7 +7,6 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -86,30 +85,22 @@ class SideTransform:
         centred = (rows - self._side.mean).to(self._dtype)
         return self._forward_weights @ centred.t()
 
-    def inverse(self, coefficients: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
-        """Reconstruct one layer of several tier blocks.
+    def inverse(self, coefficients: torch.Tensor, layer: int) -> torch.Tensor:
+        """Reconstruct one layer.
 
         Parameters
         ----------
-        coefficients : Sequence[torch.Tensor]
-            ``[stored, tokens]`` in the compute dtype, one for each tier block.
+        coefficients : torch.Tensor
+            ``[tokens, stored]`` in the compute dtype.
         layer : int
             Index of the layer within its group.
 
         Returns
         -------
         torch.Tensor
-            float32 ``[tokens of all tier blocks, layer_size]``.
+            float32 ``[tokens, layer_size]``.
         """
-        weights = self._inverse_weights[layer]
-        rows = torch.empty((sum(c.shape[1] for c in coefficients), self._layer_size), dtype=self._dtype)
-        start = 0
-        # One product per tier block, so that none depends on which others it is decoded with.
-        for one in coefficients:
-            stop = start + one.shape[1]
-            torch.mm(one.t(), weights, out=rows[start:stop])
-            start = stop
-        return rows.float().add_(self._layer_means[layer])
+        return (coefficients @ self._inverse_weights[layer]).float().add_(self._layer_means[layer])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -312,24 +312,26 @@ class _Request:
 
     async def _open(self, unit: _Unit, payloads: list[memoryview]) -> _Opened | None:
         count = min(unit.stop, self._sound) - unit.first
-        parts: list[Any] = []
+        opened: list[Any] = []
 
-        def work() -> None:
-            for index in range(count):
-                header = self._headers[unit.first + index]
-                parts.append(self._codec.open_group(header, unit.group, payloads[index]))
+        def work() -> tuple[list[Any], KvtcError | None]:
+            failure = None
+            try:
+                for index in range(count):
+                    header = self._headers[unit.first + index]
+                    opened.append(self._codec.open_group(header, unit.group, payloads[index]))
+            except KvtcError as error:
+                failure = error
+            return self._codec.join(opened), failure
 
-        try:
-            with self._timed("open", unit.group, unit.first, unit.count):
-                await run_to_end(self._executor, work)
-        except KvtcError as error:
-            self._fail_from(unit.first + len(parts), error)
-        if not parts:
+        with self._timed("open", unit.group, unit.first, unit.count):
+            parts, failure = await run_to_end(self._executor, work)
+        if failure is not None:
+            self._fail_from(unit.first + len(opened), failure)
+        if not opened:
             return None
-        block_ids = [
-            block for ref in self._refs[unit.first : unit.first + len(parts)] for block in ref.block_ids
-        ]
-        return _Opened(unit, parts, block_ids)
+        refs = self._refs[unit.first : unit.first + len(opened)]
+        return _Opened(unit, parts, [block for ref in refs for block in ref.block_ids])
 
     async def _project(self, layer: int, opened: list[_Opened]) -> None:
         """Decode one layer of the opened units and scatter it into the paged cache."""
