@@ -78,7 +78,7 @@ def _calibrate(out: Path, short: bool) -> tuple[Artifact, float]:
         model=BUILTIN_SMOLLM2,
         texts=CALIBRATION_TEXTS,
         out=out / ("artifact-short" if short else "artifact"),
-        tokens=8_192 if short else 32_768,
+        tokens=8_192 if short else 40_960,
         layers_per_group=_LAYERS_PER_GROUP,
     )
     start = time.perf_counter()
