@@ -163,6 +163,7 @@ class _Request:
             await self._tiers.evict([self._refs[self._sound].key])
         self._count()
         self._handle._finish(self._error())
+        self._tiers.promote(ref.key for ref in self._refs[: self._sound])
 
     async def _load(self) -> None:
         if not self._refs:

@@ -1,8 +1,8 @@
 """Tiers from fast to slow, used as one.
 
 Puts go through to every tier, reads come from the fastest tier that has the object and fall to the next
-one if it turns out missing, damaged or unreadable there. Objects read from a slower tier may be promoted:
-copied into the first tier in the background, within a bound.
+one if it turns out missing, damaged or unreadable there. Objects in a slower tier can be promoted: copied
+into the first tier in the background, within a bound.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TierStack:
     staging : StagingPool, optional
         Memory that promotion goes through; without it nothing is promoted.
     max_promotions : int
-        Promotions under way at a time; further objects are served but not promoted.
+        Objects that may wait to be promoted; further ones are served but not promoted.
     promotion_timeout_s : float
         Deadline of each step of a promotion.
 
@@ -54,7 +54,7 @@ class TierStack:
         tiers: Sequence[Tier],
         *,
         staging: StagingPool | None = None,
-        max_promotions: int = 8,
+        max_promotions: int = 1024,
         promotion_timeout_s: float = 10.0,
     ) -> None:
         if not tiers or len({tier.name for tier in tiers}) < len(tiers):
@@ -66,6 +66,7 @@ class TierStack:
         self._max_promotions = max_promotions
         self._promotion_timeout_s = promotion_timeout_s
         self._promoting: dict[TierKey, asyncio.Task[None]] = {}
+        self._promotion_turn = asyncio.Semaphore(1)
         # Which tiers each pin of a key holds it in: a tier that gets the object later is not pinned.
         self._pins: defaultdict[TierKey, list[tuple[Tier, ...]]] = defaultdict(list)
 
@@ -155,9 +156,7 @@ class TierStack:
             )
             pending = []
             for (index, group), result in zip(groups.items(), results, strict=True):
-                if result is None:
-                    self._consider_promotion(index, group)
-                else:
+                if result is not None:
                     self._fall_through(index, group, result, first_tier)
                     pending += group
 
@@ -193,26 +192,35 @@ class TierStack:
 
     # --- promotion ---------------------------------------------------------------------------------
 
-    def _consider_promotion(self, index: int, group: list[ReadRequest]) -> None:
-        if index == 0 or self._staging is None:
+    def promote(self, keys: Iterable[TierKey]) -> None:
+        """Begin to copy objects that only slower tiers have into the first one, in the background.
+
+        For callers that have read them and expect to read them again. Not done by `get` itself: whoever
+        waits for a slow tier needs all of its bandwidth. One object moves at a time; those beyond
+        `max_promotions` stay where they are.
+        """
+        if self._staging is None:
             return
-        for key in {read.key for read in group}:
-            if len(self._promoting) < self._max_promotions and key not in self._promoting:
-                task = asyncio.get_running_loop().create_task(self._promote(self.tiers[index], key))
-                self._promoting[key] = task
-                task.add_done_callback(lambda _, key=key: self._promoting.pop(key, None))  # type: ignore[misc]
+        for key in keys:
+            index = self._fastest(key, 0)
+            if not index or key in self._promoting or len(self._promoting) == self._max_promotions:
+                continue
+            task = asyncio.get_running_loop().create_task(self._promote(self.tiers[index], key))
+            self._promoting[key] = task
+            task.add_done_callback(lambda _, key=key: self._promoting.pop(key, None))  # type: ignore[misc]
 
     async def _promote(self, tier: Tier, key: TierKey) -> None:
-        size = tier.size_of(key)
-        if size is None or self._staging is None or size > self._staging.nbytes:
-            return
-        limit = self._promotion_timeout_s
-        try:
-            async with self._staging.lease(size, timeout_s=limit) as span:
-                await tier.get([ReadRequest(key, 0, span)], timeout_s=limit)
-                self.promotions += await self.tiers[0].put(key, span, timeout_s=limit)
-        except (TierError, TransferError) as error:
-            _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
+        async with self._promotion_turn:
+            size = tier.size_of(key)
+            if size is None or self._staging is None or size > self._staging.nbytes:
+                return
+            limit = self._promotion_timeout_s
+            try:
+                async with self._staging.lease(size, timeout_s=limit) as span:
+                    await tier.get([ReadRequest(key, 0, span)], timeout_s=limit)
+                    self.promotions += await self.tiers[0].put(key, span, timeout_s=limit)
+            except (TierError, TransferError) as error:
+                _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
 
     async def settle(self) -> None:
         """Wait until the promotions under way have ended."""

@@ -125,7 +125,7 @@ async def open_rig(
                 PARAMETERS.artifact_id if profile == "kvtc" else bytes(32),
                 agent,
                 staging,
-                TierStack(made),
+                TierStack(made, staging=staging),
                 policy,
                 BLOCK_SIZE,
                 onboard=onboard,

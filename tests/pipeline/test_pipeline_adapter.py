@@ -169,6 +169,21 @@ async def test_headers_describe_what_is_stored(tmp_path: Path) -> None:
         assert sum(h.stream_size for h in headers) == rig.adapter.status().tiers["host"].stored_bytes
 
 
+async def test_what_came_from_disk_is_promoted_after_the_onboard(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        blocks = rig.sequence(128)
+        await rig.store(blocks)
+        tiers = rig.adapter.tiers
+        await tiers.tiers[0].clear()
+        await rig.adapter.onboard(blocks, rig.destination).wait()
+        await tiers.settle()
+        assert tiers.promotions == 4
+        assert tiers.stats()["host"].objects == 4
+        await tiers.tiers[1].clear()
+        await rig.adapter.onboard(blocks, rig.destination).wait()
+        rig.assert_in_place(blocks)
+
+
 async def test_reset_forgets_everything(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         blocks = rig.sequence(64)

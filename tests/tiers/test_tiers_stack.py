@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,17 +141,20 @@ async def test_the_last_tiers_failure_is_the_readers(stacked: Stacked) -> None:
         await stacked.get(0)
 
 
-async def test_disk_hits_are_promoted(stacked: Stacked) -> None:
+async def test_promotion_copies_into_the_first_tier_within_its_bound(stacked: Stacked) -> None:
     for number in range(8):
         await stacked.put(number)
-    stack = TierStack(stacked.stack.tiers, staging=stacked.host.staging, max_promotions=1)
+    stack = TierStack(stacked.stack.tiers, staging=stacked.host.staging, max_promotions=2)
     stacked.stack = stack
-    await stacked.get(0, 1)
-    while stack._promoting:
-        await asyncio.sleep(1e-3)
-    assert stack.promotions == 1
-    assert sorted(await stacked.where(0) + await stacked.where(1)) == ["disk", "host"]
-    assert await stacked.get(0, 1) == [object_bytes(n, SIZE) for n in (0, 1)]
+    await stacked.get(0, 1, 2)
+    assert [await stacked.where(number) for number in (0, 1, 2)] == [["disk"]] * 3  # reading moves nothing
+    stack.promote(object_key(number) for number in (7, 0, 1, 2, 99))
+    await stack.settle()
+    assert stack.promotions == 2
+    assert [await stacked.where(number) for number in (0, 1, 2)] == [["host"], ["host"], ["disk"]]
+    assert await stacked.get(0, 1, 2) == [object_bytes(n, SIZE) for n in (0, 1, 2)]
+    TierStack(stack.tiers).promote([object_key(2)])  # without staging memory nothing is promoted
+    assert await stacked.where(2) == ["disk"]
 
 
 async def test_pins_hold_in_the_tiers_that_had_the_object(stacked: Stacked) -> None:
