@@ -157,6 +157,10 @@ class PipelineConfig(_Section):
     offload_batch: Annotated[int, Field(ge=1, le=1024)] = 4
     """Tier blocks gathered and encoded in one go."""
 
+    decode_threads: Annotated[int | None, Field(ge=1, le=256)] = None
+    """Threads that decode while onboarding, each on one core; by default one per core this process may
+    use, 8 at the most."""
+
     onboard_timeout: Annotated[Duration, Field(gt=0)] = 30.0
     """Deadline of one onboard; when it passes the engine recomputes."""
 

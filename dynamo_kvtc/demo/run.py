@@ -85,6 +85,8 @@ async def measure_serving(
                 {"kind": "host", "capacity": "256MiB"},
                 {"kind": "disk", "path": folder / "disk-tier", "capacity": "1GiB"},
             ],
+            # Smaller than the default: what does not fill a tier block is computed again.
+            "policy": {"tier_block_tokens": 128},
             "transfer": {"staging": "64MiB"},
         }
     )

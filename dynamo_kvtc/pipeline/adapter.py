@@ -17,6 +17,7 @@ from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.threads import single_threaded_pool
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey, TierStats
 from dynamo_kvtc.tiers.stack import TierStack
@@ -55,6 +56,8 @@ class TierAdapter:
         Tier blocks that may wait to be offloaded; more are dropped and counted.
     offload_batch : int
         Tier blocks gathered and encoded in one go.
+    decode_threads : int
+        Threads that decode while onboarding, each on one core.
     store_timeout_s : float
         Deadline for storing one tier block.
     """
@@ -73,6 +76,7 @@ class TierAdapter:
         onboard: OnboardSettings | None = None,
         queue_limit: int = 256,
         offload_batch: int = 4,
+        decode_threads: int = 2,
         store_timeout_s: float = 30.0,
     ) -> None:
         policy.check_block_size(block_size)
@@ -81,9 +85,9 @@ class TierAdapter:
         self._agent, self._staging = agent, staging
         self._artifact_id, self._salt = artifact_id, salt
         self._store_timeout_s = store_timeout_s
-        # One thread each: offloading must not delay onboarding, and both are internally parallel.
+        # Threads of their own: offloading must not delay onboarding.
         self._offload_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-encode")
-        self._onboard_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-decode")
+        self._onboard_threads = single_threaded_pool(decode_threads, "kvtc-decode")
         self._offloader = Offloader(
             codec,
             tiers,
@@ -96,7 +100,7 @@ class TierAdapter:
             timeout_s=store_timeout_s,
         )
         self._onboarder = Onboarder(
-            codec, tiers, staging, policy, self.counters, self._onboard_thread, onboard
+            codec, tiers, staging, policy, self.counters, self._onboard_threads, onboard
         )
         self._onboards: set[OnboardHandle] = set()
         self._closed = False
@@ -209,7 +213,7 @@ class TierAdapter:
         await asyncio.gather(*(handle.cancel() for handle in list(self._onboards)))
         await self._offloader.close()
         self._offload_thread.shutdown(wait=False)
-        self._onboard_thread.shutdown(wait=False)
+        self._onboard_threads.shutdown(wait=False)
         await self.tiers.close()
         await self._staging.close()
         await self._agent.close()

@@ -30,6 +30,10 @@ from dynamo_kvtc.transfer.staging import StagingPool
 __all__ = ["open_adapter"]
 
 
+#: More threads than this are not taken by themselves: the engine needs cores too.
+_MOST_DECODE_THREADS = 8
+
+
 async def open_adapter(
     config: Config,
     geometry: KvGeometry,
@@ -59,6 +63,7 @@ async def open_adapter(
         If a tier or NIXL cannot be opened.
     """
     configure_logging(config.observability.log_level, replace=False)
+    cores = len(os.sched_getaffinity(0))
     policy = _policy(config)
     policy.check_block_size(block_size)
     codec, artifact_id = _codec(config, geometry, rope)
@@ -92,6 +97,7 @@ async def open_adapter(
             ),
             queue_limit=config.pipeline.offload_queue,
             offload_batch=config.pipeline.offload_batch,
+            decode_threads=config.pipeline.decode_threads or min(_MOST_DECODE_THREADS, cores),
             store_timeout_s=config.transfer.timeout,
         )
         opened.pop_all()  # the adapter closes them from here on

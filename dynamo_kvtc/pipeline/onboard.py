@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.errors import (
     BitstreamError,
     KvtcError,
@@ -33,7 +35,7 @@ from dynamo_kvtc.observability import Counters, Stage, miss_reason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.paged import PagedKvCache
-from dynamo_kvtc.pipeline.threads import run_to_end
+from dynamo_kvtc.pipeline.threads import run_all, run_to_end
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import ReadRequest
 from dynamo_kvtc.tiers.stack import TierStack
@@ -96,7 +98,7 @@ class Onboarder:
     Parameters
     ----------
     executor : Executor
-        Runs everything that computes; the event loop only waits.
+        Runs everything that computes, tier blocks and layers side by side; the event loop only waits.
     """
 
     def __init__(
@@ -191,13 +193,9 @@ class _Request:
                         opened.append(part)
                     if remaining and queue.empty():
                         # The next unit is still in flight: use the time to finish what is here.
-                        for layer in range(layers.first, layers.stop):
-                            await self._project(layer, opened)
+                        await self._project(layers, opened)
                         opened = []
-                for layer in range(layers.first, layers.stop):
-                    await self._project(layer, opened)
-                    if self._sound == len(self._refs):
-                        self._handle._mark_layer(layer)
+                await self._project(layers, opened, last=True)
         finally:
             reader.cancel()
             await asyncio.wait([reader])
@@ -313,42 +311,47 @@ class _Request:
 
     async def _open(self, unit: _Unit, payloads: list[memoryview]) -> _Opened | None:
         count = min(unit.stop, self._sound) - unit.first
-        opened: list[Any] = []
 
-        def work() -> tuple[list[Any], KvtcError | None]:
-            failure = None
+        def open_one(index: int) -> Any:
             try:
-                for index in range(count):
-                    header = self._headers[unit.first + index]
-                    opened.append(self._codec.open_group(header, unit.group, payloads[index]))
+                return self._codec.open_group(self._headers[unit.first + index], unit.group, payloads[index])
             except KvtcError as error:
-                failure = error
-            return self._codec.join(opened), failure
+                return error
 
         with self._timed("open", unit.group, unit.first, unit.count):
-            parts, failure = await run_to_end(self._executor, work)
-        if failure is not None:
-            self._fail_from(unit.first + len(opened), failure)
-        if not opened:
-            return None
+            results = await run_all(self._executor, [partial(open_one, index) for index in range(count)])
+            failed = next((i for i, one in enumerate(results) if isinstance(one, KvtcError)), None)
+            if failed is not None:
+                self._fail_from(unit.first + failed, results[failed])
+            opened = results[:failed]
+            if not opened:
+                return None
+            parts = await run_to_end(self._executor, lambda: self._codec.join(opened))
         refs = self._refs[unit.first : unit.first + len(opened)]
         return _Opened(unit, parts, [block for ref in refs for block in ref.block_ids])
 
-    async def _project(self, layer: int, opened: list[_Opened]) -> None:
-        """Decode one layer of the opened units and scatter it into the paged cache."""
-        if not opened:
-            return
+    async def _project(self, layers: LayerRange, opened: list[_Opened], *, last: bool = False) -> None:
+        """Decode the layers of the opened units and scatter them into the paged cache.
 
-        def work() -> None:
-            parts = [part for item in opened for part in item.parts]
-            block_ids = [block for item in opened for block in item.block_ids]
-            keys, values = self._codec.decode_layer(parts, layer)
-            self._destination.scatter_layer(layer, block_ids, keys, values)
+        After the `last` units of a group, each layer is in place for every token when it is done.
+        """
+        parts = [part for item in opened for part in item.parts]
+        block_ids = [block for item in opened for block in item.block_ids]
 
-        first = opened[0].unit
-        count = sum(len(item.parts) for item in opened)
-        with self._timed("project", first.group, first.first, count):
-            await run_to_end(self._executor, work)
+        def project_one(layer: int) -> None:
+            if not opened:
+                return
+            unit = opened[0].unit
+            with self._timed("project", unit.group, unit.first, len(parts)):
+                keys, values = self._codec.decode_layer(parts, layer)
+                self._destination.scatter_layer(layer, block_ids, keys, values)
+
+        def mark(index: int) -> None:
+            if last and self._sound == len(self._refs):
+                self._handle._mark_layer(layers.first + index)
+
+        works = [partial(project_one, layer) for layer in range(layers.first, layers.stop)]
+        await run_all(self._executor, works, mark)
 
     @contextmanager
     def _timed(self, stage: str, group: int, first: int, count: int) -> Iterator[None]:
