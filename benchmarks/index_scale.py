@@ -21,6 +21,7 @@ import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
+from dynamo_kvtc.evaluation.environment import describe_environment
 from dynamo_kvtc.tiers.base import TierKey
 from dynamo_kvtc.tiers.index import Location, ObjectIndex
 
@@ -117,7 +118,8 @@ def main() -> int:
         goal = f"   goal: under {GOALS[name]:g}" if name in GOALS else ""
         print(f"{name:>18} {value:>14,.3f}{goal}")
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        result = {**figures, "environment": describe_environment()}
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
     return int(any(figures[name] >= goal for name, goal in GOALS.items()))
 
 

@@ -59,7 +59,7 @@ class CalibrationSettings:
     out: Path
     tokens: int = 40_000
     ratios: tuple[float, ...] = (8.0, 16.0, 32.0)
-    layers_per_group: int | None = None
+    layers_per_group: int | None = 10
     document_tokens: int = 2048
     seed: int = 0
     threads: int | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamo_kvtc.cli.output import JsonFlag, make_table, print_json, print_note, print_table, progress
+from dynamo_kvtc.cli.parsing import parse_ratios
 
 if TYPE_CHECKING:
     from dynamo_kvtc.calibration.run import Progress
@@ -36,7 +37,7 @@ def command(
     ratios: Annotated[str, typer.Option(help="Nominal ratios to make bit plans for.")] = "8,16,32",
     layers_per_group: Annotated[
         str, typer.Option(help="Consecutive layers that share a basis: a number or all.")
-    ] = "all",
+    ] = "10",
     document_tokens: Annotated[int, typer.Option(help="Tokens of one document.", min=1)] = 2048,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same artifact.")] = 0,
     threads: Annotated[
@@ -65,7 +66,7 @@ def command(
         texts=(*text, *(more_text or ())),
         out=out,
         tokens=tokens,
-        ratios=_parse_ratios(ratios),
+        ratios=tuple(parse_ratios(ratios)),
         layers_per_group=_parse_layers(layers_per_group),
         document_tokens=document_tokens,
         seed=seed,
@@ -104,13 +105,6 @@ def _table(summary: dict[str, Any]) -> Any:
             for ratio in summary["ratios"]
         ],
     )
-
-
-def _parse_ratios(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a list such as 8,16,32", param_hint="--ratios") from error
 
 
 def _parse_layers(text: str) -> int | None:

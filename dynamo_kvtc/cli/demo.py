@@ -25,8 +25,6 @@ from dynamo_kvtc.evaluation import EvaluationProtocol, EvaluationReport, evaluat
 
 __all__ = ["command"]
 
-_LAYERS_PER_GROUP = 10
-
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder for artifact, tiers, report and plots.")] = Path(
@@ -79,7 +77,6 @@ def _calibrate(out: Path, short: bool) -> tuple[Artifact, float]:
         texts=CALIBRATION_TEXTS,
         out=out / ("artifact-short" if short else "artifact"),
         tokens=8_192 if short else 40_960,
-        layers_per_group=_LAYERS_PER_GROUP,
     )
     start = time.perf_counter()
     with progress() as bar:
