@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from dynamo_kvtc.errors import (
     OnboardCancelledError,
     OnboardError,
     StreamMismatchError,
+    TierClosedError,
     TransferTimeoutError,
 )
 from dynamo_kvtc.observability import Counters, Stage, miss_reason
@@ -36,6 +37,7 @@ from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_all, run_to_end
+from dynamo_kvtc.pipeline.units import Unit, cut_units
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import ReadRequest
 from dynamo_kvtc.tiers.stack import TierStack
@@ -60,36 +62,27 @@ class OnboardSettings:
         matrix products.
     transfers_in_flight : int
         Units whose bytes may be on their way or waiting for decoding; bounds the staging memory used.
+    open_bytes : int
+        How much KV, by its full size, may be open before it is projected. More lets the first layers of a
+        group finish earlier; the memory taken is a fraction of it (the stored share of the components).
     """
 
     timeout_s: float = 30.0
     units: int = 12
     transfers_in_flight: int = 3
-
-
-@dataclass(slots=True)
-class _Unit:
-    """One layer group of tier blocks ``first .. first + count - 1`` of the request."""
-
-    group: int
-    first: int
-    count: int
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.count
+    open_bytes: int = 512 << 20
 
 
 @dataclass(slots=True)
 class _Opened:
-    unit: _Unit
+    unit: Unit
     parts: list[Any]
     block_ids: list[int]
 
 
 #: What the reader hands over: a unit, its tier blocks' bytes, and the staging leases they lie in. None
 #: is the end.
-_UnitQueue = asyncio.Queue[tuple[_Unit, list[memoryview], AsyncExitStack] | None]
+_UnitQueue = asyncio.Queue[tuple[Unit, list[memoryview], AsyncExitStack] | None]
 
 
 class Onboarder:
@@ -123,6 +116,7 @@ class Onboarder:
         handle = OnboardHandle(self._codec.geometry.num_layers, sum(ref.num_tokens for ref in refs))
         run = _Request(self, list(refs), destination, handle)
         handle._task = asyncio.get_running_loop().create_task(run.run(), name="kvtc-onboard")
+        handle._task.add_done_callback(run.finish)
         return handle
 
 
@@ -140,7 +134,7 @@ class _Request:
         self._headers: list[StreamHeader] = []
         #: Tier blocks in front of the first one that failed; the request shrinks to these.
         self._sound = len(refs)
-        self._cause: Exception | None = None
+        self._cause: BaseException | None = None
 
     async def run(self) -> None:
         """Drive the request to its end; the only place where it succeeds or fails."""
@@ -162,22 +156,38 @@ class _Request:
             self._tiers.unpin(pinned)
         if isinstance(self._cause, BitstreamError):
             # Only the codec can see this damage. Dropped, the tier block can be offloaded again.
-            await self._tiers.evict([self._refs[self._sound].key])
+            with suppress(TierClosedError):
+                await self._tiers.evict([self._refs[self._sound].key])
+        self._tiers.promote(ref.key for ref in self._refs[: self._sound])
+
+    def finish(self, task: asyncio.Task[None]) -> None:
+        """Tell everybody who waits how the request ended, even if it was cancelled before it began."""
+        if task.cancelled():
+            self._fail_from(0, OnboardCancelledError("onboarding was cancelled"))
+        elif (error := task.exception()) is not None:
+            _log.error("onboarding failed by an unexpected error", exc_info=error)
+            self._fail_from(0, error)
         self._count()
         self._handle._finish(self._error())
-        self._tiers.promote(ref.key for ref in self._refs[: self._sound])
 
     async def _load(self) -> None:
         if not self._refs:
             return
         await self._read_headers()
-        units = self._units()
+        units = cut_units(
+            self._headers,
+            len(self._codec.layer_groups),
+            units=self._settings.units,
+            # All units in flight fit into the staging memory together.
+            most_bytes=self._staging.nbytes // (self._settings.transfers_in_flight + 1),
+        )
         queue: _UnitQueue = asyncio.Queue()
         slots = asyncio.Semaphore(self._settings.transfers_in_flight)
         reader = asyncio.get_running_loop().create_task(self._read_units(units, queue, slots))
         try:
             for group, layers in enumerate(self._codec.layer_groups):
                 opened: list[_Opened] = []
+                open_bytes = 0
                 remaining = sum(unit.group == group for unit in units)
                 while remaining:
                     item = await queue.get()
@@ -191,10 +201,12 @@ class _Request:
                     slots.release()
                     if part is not None:
                         opened.append(part)
-                    if remaining and queue.empty():
-                        # The next unit is still in flight: use the time to finish what is here.
+                        open_bytes += unit.count * self._group_bytes(layers)
+                    if remaining and (queue.empty() or open_bytes >= self._settings.open_bytes):
+                        # The next unit is still in flight, so there is time to finish what is here; or
+                        # as much is open as may be.
                         await self._project(layers, opened)
-                        opened = []
+                        opened, open_bytes = [], 0
                 await self._project(layers, opened, last=True)
         finally:
             reader.cancel()
@@ -202,6 +214,11 @@ class _Request:
             while not queue.empty():
                 if (item := queue.get_nowait()) is not None:
                     await item[2].aclose()
+
+    def _group_bytes(self, layers: LayerRange) -> int:
+        """Bytes of one tier block's KV in these layers."""
+        geometry = self._codec.geometry
+        return self._policy.tier_block_tokens * geometry.token_bytes * layers.count // geometry.num_layers
 
     # --- transfer ----------------------------------------------------------------------------------
 
@@ -219,7 +236,7 @@ class _Request:
                 spans.append(span.slice(offset, size))
                 offset += size
             reads = [ReadRequest(ref.key, 0, into) for ref, into in zip(self._refs, spans, strict=True)]
-            await self._get(reads, _Unit(-1, 0, len(reads)))
+            await self._get(reads, Unit(-1, 0, len(reads)))
             for index in range(self._sound):
                 try:
                     self._headers.append(self._check_header(index, spans[index]))
@@ -237,31 +254,9 @@ class _Request:
             )
         return header
 
-    def _units(self) -> list[_Unit]:
-        """Cut the request: group-major, so that the first layers' bytes come first.
-
-        A unit is small enough that all units in flight fit into the staging memory together.
-        """
-        per_group = max(1, -(-self._settings.units // len(self._codec.layer_groups)))
-        most_blocks = max(1, -(-len(self._headers) // per_group))
-        most_bytes = self._staging.nbytes // (self._settings.transfers_in_flight + 1)
-        units: list[_Unit] = []
-        for group in range(len(self._codec.layer_groups)):
-            unit, nbytes = _Unit(group, 0, 0), 0
-            for index, header in enumerate(self._headers):
-                start, stop = header.group_span(group)
-                if unit.count and (unit.count == most_blocks or nbytes + stop - start > most_bytes):
-                    units.append(unit)
-                    unit, nbytes = _Unit(group, index, 0), 0
-                unit.count += 1
-                nbytes += stop - start
-            if unit.count:
-                units.append(unit)
-        return units
-
     async def _read_units(
         self,
-        units: list[_Unit],
+        units: list[Unit],
         queue: _UnitQueue,
         slots: asyncio.Semaphore,
     ) -> None:
@@ -275,7 +270,7 @@ class _Request:
         finally:
             queue.put_nowait(None)
 
-    async def _read_unit(self, unit: _Unit, leases: AsyncExitStack) -> list[memoryview]:
+    async def _read_unit(self, unit: Unit, leases: AsyncExitStack) -> list[memoryview]:
         spans_in_stream = [
             self._headers[index].group_span(unit.group)
             for index in range(unit.first, min(unit.stop, self._sound))
@@ -292,7 +287,7 @@ class _Request:
         await self._get(reads, unit)
         return [read.into.view for read in reads]
 
-    async def _get(self, reads: list[ReadRequest], unit: _Unit) -> None:
+    async def _get(self, reads: list[ReadRequest], unit: Unit) -> None:
         """Read a unit; a failure ends the request in front of the first tier block that fails."""
         try:
             with self._timed("transfer", unit.group, unit.first, unit.count):
@@ -309,7 +304,7 @@ class _Request:
 
     # --- decode ------------------------------------------------------------------------------------
 
-    async def _open(self, unit: _Unit, payloads: list[memoryview]) -> _Opened | None:
+    async def _open(self, unit: Unit, payloads: list[memoryview]) -> _Opened | None:
         count = min(unit.stop, self._sound) - unit.first
 
         def open_one(index: int) -> Any:
@@ -341,8 +336,8 @@ class _Request:
         def project_one(layer: int) -> None:
             if not opened:
                 return
-            unit = opened[0].unit
-            with self._timed("project", unit.group, unit.first, len(parts)):
+            unit, count = opened[0].unit, sum(item.unit.count for item in opened)
+            with self._timed("project", unit.group, unit.first, count):
                 keys, values = self._codec.decode_layer(parts, layer)
                 self._destination.scatter_layer(layer, block_ids, keys, values)
 
@@ -361,7 +356,7 @@ class _Request:
 
     # --- outcome -----------------------------------------------------------------------------------
 
-    def _fail_from(self, index: int, error: Exception) -> None:
+    def _fail_from(self, index: int, error: BaseException) -> None:
         if index < self._sound:
             self._sound = index
             self._cause = error

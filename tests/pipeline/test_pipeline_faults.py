@@ -166,6 +166,31 @@ async def test_cancelling_releases_everything(tmp_path: Path, delay_s: float) ->
         rig.assert_in_place(blocks)
 
 
+async def test_an_onboard_cancelled_before_it_began_tells_its_waiters(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, tiers=("host",)) as rig:
+        blocks, handle = await stored_rig_onboard(rig)
+        waiting = asyncio.create_task(handle.wait())
+        await handle.cancel()
+        with pytest.raises(OnboardError) as caught:
+            await asyncio.wait_for(waiting, 5)
+        assert caught.value.tokens_to_recompute == ((0, TOKENS),)
+        assert rig.adapter.status().counters.missed_blocks["cancelled"] == 4
+        await rig.adapter.onboard(blocks, rig.destination).wait()
+
+
+@pytest.mark.parametrize("open_bytes", [1, 10_000, 1 << 30])
+async def test_what_is_open_is_bounded_and_the_result_the_same(tmp_path: Path, open_bytes: int) -> None:
+    settings = OnboardSettings(timeout_s=10, units=8, open_bytes=open_bytes)
+    async with open_rig(tmp_path, tiers=("host",), onboard=settings) as rig:
+        blocks, handle = await stored_rig_onboard(rig)
+        await handle.wait()
+        rig.assert_in_place(blocks)
+        projected = [i.num_blocks for i in handle.timeline.intervals if i.stage == "project"]
+        assert sum(projected) == 4 * GEOMETRY.num_layers
+        if open_bytes == 1:
+            assert set(projected) == {1}
+
+
 async def test_a_waiter_that_gives_up_does_not_stop_the_onboard(tmp_path: Path) -> None:
     async with open_rig(
         tmp_path, tiers=("disk",), wrap=lambda tier, _: FaultyTier(tier, delay_s=0.02), onboard=SETTINGS
