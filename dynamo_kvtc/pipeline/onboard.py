@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -237,12 +237,11 @@ class _Request:
                 offset += size
             reads = [ReadRequest(ref.key, 0, into) for ref, into in zip(self._refs, spans, strict=True)]
             await self._get(reads, Unit(-1, 0, len(reads)))
-            for index in range(self._sound):
-                try:
-                    self._headers.append(self._check_header(index, spans[index]))
-                except KvtcError as error:
-                    self._fail_from(index, error)
-                    break
+            checks = [partial(self._check_header, index, spans[index]) for index in range(self._sound)]
+            found = await run_to_end(self._executor, lambda: _until_failure(checks))
+        self._headers, failure = found
+        if failure is not None:
+            self._fail_from(len(self._headers), failure)
 
     def _check_header(self, index: int, span: MemorySpan) -> StreamHeader:
         ref = self._refs[index]
@@ -385,3 +384,16 @@ class _Request:
             )
         if self._cause is not None:
             self._counters.missed(miss_reason(self._cause), len(self._refs) - self._sound)
+
+
+def _until_failure(
+    checks: Sequence[Callable[[], StreamHeader]],
+) -> tuple[list[StreamHeader], KvtcError | None]:
+    """Return the results up to the first failure, and the failure."""
+    headers: list[StreamHeader] = []
+    for check in checks:
+        try:
+            headers.append(check())
+        except KvtcError as error:
+            return headers, error
+    return headers, None
