@@ -103,6 +103,9 @@ class KvCodec(ABC):
     def max_stream_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return an upper bound, in bytes, of the stream of a tier block of `num_tokens` tokens."""
 
+    def warm_up(self) -> None:  # noqa: B027  # most profiles have nothing to prepare
+        """Make ready what the first encode and decode would otherwise wait for."""
+
     @abstractmethod
     def encode(self, blocks: Sequence[TierBlock]) -> list[bytes]:
         """Encode tier blocks, one stream each.

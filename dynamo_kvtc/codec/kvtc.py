@@ -196,6 +196,12 @@ class KvtcCodec(KvCodec):
             if sink_tokens:
                 yield sinks.chunk_sizes(layers.count, sink_tokens)
 
+    def warm_up(self) -> None:
+        """Make the weights of the plan that is encoded with; see `KvCodec.warm_up`."""
+        for group in range(len(self.layer_groups)):
+            for kind in (SectionKind.KEYS, SectionKind.VALUES):
+                self._side(group, kind, self._encoding_plan()).warm_up()
+
     # --- encode ----------------------------------------------------------------------------------
 
     def encode(self, blocks: Sequence[TierBlock]) -> list[bytes]:

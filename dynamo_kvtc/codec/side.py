@@ -40,6 +40,10 @@ class SideCodec:
         self._transform = SideTransform(side, self._quantiser.components, layer_size, dtype)
         self.layout = SectionLayout.of(self._quantiser)
 
+    def warm_up(self) -> None:
+        """Make ready what the first `encode` and `reconstruct` would otherwise wait for."""
+        self._transform.warm_up()
+
     def encode(self, rows: torch.Tensor) -> NDArray[np.uint8]:
         """Return the payload of float32 rows ``[tokens, row]``.
 

@@ -107,6 +107,10 @@ class SideTransform:
         """The dtype of the coefficients that `inverse` takes."""
         return self._dtype
 
+    def warm_up(self) -> None:
+        """Make the weights of both directions now."""
+        _ = self._forward_weights, self._inverse_weights
+
     # Encoders and decoders each need one of the two copies, so each is made when it is first used.
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -66,7 +67,7 @@ async def open_adapter(
     cores = len(os.sched_getaffinity(0))
     policy = _policy(config)
     policy.check_block_size(block_size)
-    codec, artifact_id = _codec(config, geometry, rope)
+    codec, artifact_id = await asyncio.to_thread(_codec, config, geometry, rope)
     async with AsyncExitStack() as opened:
         agent = await opened.enter_async_context(
             await TransferAgent.create(
@@ -127,6 +128,7 @@ def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) ->
         compute_dtype=config.codec.compute_dtype,
         threads=config.codec.threads or len(os.sched_getaffinity(0)),
     )
+    codec.warm_up()
     return codec, artifact.parameters.artifact_id
 
 

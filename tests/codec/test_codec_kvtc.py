@@ -322,3 +322,24 @@ def test_damage_in_one_group_leaves_the_others_readable(codec, parameters):
         codec.open_group(header, 0, spans[0])
     part = codec.open_group(header, 1, spans[1])
     assert torch.equal(codec.decode_layer([part], 4)[0], codec.decode(stream).keys[:, 4])
+
+
+def test_a_warm_codec_gives_the_same_streams_and_makes_no_weights_later(parameters, monkeypatch):
+    block = make_block(parameters, 40, sink_tokens=4)
+    expected = KvtcCodec(parameters, ratio=4.0).encode([block])
+    codec = KvtcCodec(parameters, ratio=4.0)
+    codec.warm_up()
+    # Without the basis, weights that are not there yet could not be made.
+    for side in codec._sides.values():
+        monkeypatch.setattr(
+            side._transform,
+            "_side",
+            replace(
+                side._transform._side, basis=torch.empty(0, side._transform._side.basis.shape[1]), plans={}
+            ),
+        )
+    streams = codec.encode([block])
+    assert streams == expected
+    assert torch.equal(
+        codec.decode(streams[0]).keys, KvtcCodec(parameters, ratio=4.0).decode(streams[0]).keys
+    )
