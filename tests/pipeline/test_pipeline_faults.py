@@ -204,7 +204,7 @@ async def test_a_waiter_that_gives_up_does_not_stop_the_onboard(tmp_path: Path) 
 
 async def test_a_slow_disk_overlaps_and_delivers_the_first_group_early(tmp_path: Path) -> None:
     async with open_rig(
-        tmp_path, tiers=("disk",), wrap=lambda tier, _: ThrottledTier(tier, 1e6), onboard=SETTINGS
+        tmp_path, tiers=("disk",), wrap=lambda tier, _: ThrottledTier(tier, 3e4), onboard=SETTINGS
     ) as rig:
         blocks, handle = await stored_rig_onboard(rig)
         await handle.wait()
