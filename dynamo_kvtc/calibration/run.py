@@ -152,6 +152,7 @@ class _Calibration:
             self.loaded.geometry,
             groups,
             rows_per_document=-(-self.settings.sample_tokens // len(documents)),
+            sample_every=max(1, len(documents) // self.settings.sample_tokens),
         )
         if saved.is_file():
             statistics.load(saved)

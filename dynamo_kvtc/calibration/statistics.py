@@ -80,7 +80,9 @@ class KvStatistics:
     groups : Sequence[LayerRange]
         Layer groups.
     rows_per_document : int
-        How many rows each document gives to the sample.
+        How many rows a sampled document gives to the sample.
+    sample_every : int
+        Distance between sampled documents, so that very many of them do not make the sample grow.
 
     Attributes
     ----------
@@ -88,10 +90,18 @@ class KvStatistics:
         Documents seen.
     """
 
-    def __init__(self, geometry: KvGeometry, groups: Sequence[LayerRange], *, rows_per_document: int) -> None:
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        groups: Sequence[LayerRange],
+        *,
+        rows_per_document: int,
+        sample_every: int = 1,
+    ) -> None:
         self.geometry = geometry
         self.groups = tuple(groups)
         self.rows_per_document = rows_per_document
+        self.sample_every = sample_every
         self.documents = 0
         self._moments = {
             (group, side): Moments(layers.count * geometry.layer_size)
@@ -116,8 +126,10 @@ class KvStatistics:
         for side, rows in zip(SIDES, (keys, values), strict=True):
             for group, layers in enumerate(self.groups):
                 self._moments[group, side].update(rows[:, self._columns(layers)])
-            taken = min(self.rows_per_document, rows.shape[0])
-            self._samples[side].append(rows[torch.arange(taken) * rows.shape[0] // max(1, taken)].clone())
+            if self.documents % self.sample_every == 0:
+                taken = min(self.rows_per_document, rows.shape[0])
+                chosen = torch.arange(taken) * rows.shape[0] // max(1, taken)
+                self._samples[side].append(rows[chosen].clone())
         self.documents += 1
 
     def moments(self, group: int, side: str) -> Moments:

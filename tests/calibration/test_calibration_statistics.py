@@ -101,3 +101,18 @@ def test_damaged_state_is_refused(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CalibrationError, match="damaged"):
         KvStatistics(GEOMETRY, GROUPS, rows_per_document=7).load(path)
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
+    sizes = []
+    for documents in (200, 2000):
+        statistics = KvStatistics(GEOMETRY, GROUPS, rows_per_document=1, sample_every=documents // 20)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(documents):
+            rows = torch.randn(3, 24, generator=generator)
+            statistics.update(rows, rows)
+        assert statistics.rows == 3 * documents
+        assert statistics.sample(0, "keys").shape[0] == 20
+        statistics.save(tmp_path / "state.safetensors")
+        sizes.append((tmp_path / "state.safetensors").stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 100  # the counts in the header have a digit more
