@@ -1,4 +1,4 @@
-"""Quality of compressed KV against the bytes it takes: tasks, codecs and models, compared under one set of rules.
+"""Quality of compressed KV against its bytes: tasks, codecs and models under one set of rules.
 
 The rules, the same for every codec:
 

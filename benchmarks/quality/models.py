@@ -85,8 +85,8 @@ class PiecewiseModel:
 
     def _not_as_pinned(self) -> EvaluationError:
         return EvaluationError(
-            f"the pieces of {self.file_name} do not make the file that was pinned ({self.size} bytes, SHA-256 "
-            f"{self.sha256}); the packages have changed, leave this model out"
+            f"the pieces of {self.file_name} do not make the file that was pinned ({self.size} bytes, "
+            f"SHA-256 {self.sha256}); the packages have changed, leave this model out"
         )
 
 

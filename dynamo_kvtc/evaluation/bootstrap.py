@@ -55,9 +55,7 @@ def ratio_interval(
     """
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     drawn = resample(len(above))
-    return percentiles(
-        float(above.sum() / below.sum()), above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
-    )
+    return percentiles(float(above.sum() / below.sum()), above[drawn].sum(axis=1) / below[drawn].sum(axis=1))
 
 
 def percentiles(estimate: float, resampled: NDArray[np.float64]) -> Interval:

@@ -21,18 +21,24 @@ class EvaluationRow:
     nominal_ratio : float
         What the bit plan was made for, before entropy coding.
     ratio : float
-        16-bit bytes of the coded tokens over all their stored bytes, headers and side data counted.
+        16-bit bytes of the stored tokens, sinks included, over all bytes of their streams.
     ratio_total : float
         16-bit bytes of the whole contexts over everything they occupy: streams with the sinks in them,
         and the recent window at 16 bits.
     kl : float
         Divergence of the next-token distribution from that over the uncompressed cache, mean over the
         scored tokens, in nats.
+    kl_low, kl_high : float
+        Its 95 % interval over documents.
     top1 : float
         Share of scored tokens whose most likely next token is the same.
+    top1_low, top1_high : float
+        Its 95 % interval over documents.
     nll, nll_delta : float
         Mean negative log-likelihood of the text in nats, and what it is above that over the uncompressed
         cache.
+    nll_delta_low, nll_delta_high : float
+        The 95 % interval of the difference over documents.
     key_error, value_error : float
         Relative errors of pre-RoPE keys and of values at the replaced positions (see `RowErrorSums`).
     encode_tokens_per_s, decode_tokens_per_s : float
@@ -44,9 +50,15 @@ class EvaluationRow:
     ratio: float
     ratio_total: float
     kl: float
+    kl_low: float
+    kl_high: float
     top1: float
+    top1_low: float
+    top1_high: float
     nll: float
     nll_delta: float
+    nll_delta_low: float
+    nll_delta_high: float
     key_error: float
     value_error: float
     encode_tokens_per_s: float

@@ -14,11 +14,10 @@ from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.calibration.text import Documents
 from dynamo_kvtc.codec.base import TierBlock
-from dynamo_kvtc.codec.bitstream import SectionKind
 from dynamo_kvtc.codec.geometry import KvGeometry
-from dynamo_kvtc.codec.header import align
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import EvaluationError
+from dynamo_kvtc.evaluation.bootstrap import ratio_interval
 from dynamo_kvtc.evaluation.codecs import CodecUnderTest, codecs_under_test
 from dynamo_kvtc.evaluation.metrics import DistributionSums, RowErrorSums
 from dynamo_kvtc.evaluation.model_cache import prefill, score
@@ -138,7 +137,8 @@ def evaluate_codecs(
             if on_step is not None:
                 on_step(done, total)
     first = trials[0].distributions
-    return first.reference_nll / first.tokens, [trial.row() for trial in trials]
+    reference_nll = sum(sums.reference_nll for sums in first) / sum(sums.tokens for sums in first)
+    return reference_nll, [trial.row() for trial in trials]
 
 
 class _Document:
@@ -153,23 +153,14 @@ class _Document:
 
 
 @dataclass
-class _StoredBytes:
-    """Where the bytes of all streams went."""
-
-    coded_tokens: int = 0
-    coded_bytes: int = 0
-    sink_bytes: int = 0
-
-
-@dataclass
 class _Trial:
-    """One codec's running sums over the documents."""
+    """One codec's sums, document by document."""
 
     under_test: CodecUnderTest
     geometry: KvGeometry
     protocol: EvaluationProtocol
-    distributions: DistributionSums = field(default_factory=DistributionSums)
-    stored: _StoredBytes = field(default_factory=_StoredBytes)
+    distributions: list[DistributionSums] = field(default_factory=list)
+    stored_bytes: int = 0
     encode_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
 
@@ -192,7 +183,9 @@ class _Trial:
         )
         self._value_errors.add(document.values[replaced].flatten(1), values[replaced].flatten(1))
         logits = score(loaded, keys, values, document.scored_input)
-        self.distributions.add(document.reference, logits, document.targets)
+        sums = DistributionSums()
+        sums.add(document.reference, logits, document.targets)
+        self.distributions.append(sums)
 
     def _through_streams(self, document: _Document) -> list[TierBlock]:
         codec = self.under_test.codec
@@ -211,36 +204,36 @@ class _Trial:
         decoded = [codec.decode(stream) for stream in streams]
         self.decode_s.append(time.perf_counter() - encoded)
         self.encode_s.append(encoded - start)
-        for stream in streams:
-            self._count_bytes(stream)
+        self.stored_bytes += sum(len(stream) for stream in streams)
         return decoded
-
-    def _count_bytes(self, stream: bytes) -> None:
-        """Attribute a stream's bytes: the sinks' sections to the sinks, all the rest to the other tokens."""
-        header = self.under_test.codec.read_header(stream)
-        sink_chunks = [chunk for chunk in header.chunks if chunk.kind is SectionKind.SINKS]
-        sink_bytes = sum(align(chunk.stored_size) for chunk in sink_chunks)
-        self.stored.sink_bytes += sink_bytes
-        self.stored.coded_bytes += len(stream) - sink_bytes
-        # A profile without such sections (raw) keeps sinks among all other tokens.
-        self.stored.coded_tokens += header.num_tokens - (header.sink_tokens if sink_chunks else 0)
 
     def row(self) -> EvaluationRow:
         """Return the means over everything that was run."""
-        protocol, sums, stored = self.protocol, self.distributions, self.stored
-        documents = len(self.encode_s)
+        protocol, documents = self.protocol, len(self.distributions)
+        tokens = [sums.tokens for sums in self.distributions]
+        kl = ratio_interval([sums.kl for sums in self.distributions], tokens)
+        top1 = ratio_interval([sums.agreements for sums in self.distributions], tokens)
+        change = ratio_interval([sums.nll - sums.reference_nll for sums in self.distributions], tokens)
         token_bytes = self.geometry.token_bytes_16bit
         window_bytes = documents * protocol.recent_window * token_bytes
-        occupied = stored.coded_bytes + stored.sink_bytes + window_bytes
         return EvaluationRow(
             profile=self.under_test.profile,
             nominal_ratio=self.under_test.nominal_ratio,
-            ratio=stored.coded_tokens * token_bytes / stored.coded_bytes,
-            ratio_total=documents * protocol.context_tokens * token_bytes / occupied,
-            kl=sums.kl / sums.tokens,
-            top1=sums.agreements / sums.tokens,
-            nll=sums.nll / sums.tokens,
-            nll_delta=(sums.nll - sums.reference_nll) / sums.tokens,
+            ratio=documents * protocol.coded_stop * token_bytes / self.stored_bytes,
+            ratio_total=documents
+            * protocol.context_tokens
+            * token_bytes
+            / (self.stored_bytes + window_bytes),
+            kl=kl.mean,
+            kl_low=kl.low,
+            kl_high=kl.high,
+            top1=top1.mean,
+            top1_low=top1.low,
+            top1_high=top1.high,
+            nll=sum(sums.nll for sums in self.distributions) / sum(tokens),
+            nll_delta=change.mean,
+            nll_delta_low=change.low,
+            nll_delta_high=change.high,
             key_error=self._key_errors.relative_error,
             value_error=self._value_errors.relative_error,
             encode_tokens_per_s=protocol.coded_stop / statistics.median(self.encode_s),

@@ -1,4 +1,4 @@
-"""Integers in groups, as KIVI: keys per channel over groups of tokens, values per token over groups of channels.
+"""Integers in groups, as KIVI: keys per channel over tokens, values per token over channels.
 
 Keys have few channels of large magnitude, so a scale per channel fits them; values have none. Each group
 carries a scale and a zero point of 16 bits, both counted: ``scale = (max - min) / (2^bits - 1)``, ``zero =
@@ -51,7 +51,7 @@ class IntegerGroupsCodec(BaselineCodec):
 
     def _round_trip(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Quantise runs of the last dimension; return what they decode to, and the bytes."""
-        pieces = x.split(self._group_size, dim=-1)
+        pieces = torch.split(x, self._group_size, dim=-1)
         groups = len(pieces) * (x.numel() // x.shape[-1]) if x.numel() else 0
         stored = groups * _SIDE_BYTES + -(-x.numel() * self._bits // 8)
         return torch.cat([self._quantise(piece) for piece in pieces], dim=-1), stored
@@ -63,4 +63,5 @@ class IntegerGroupsCodec(BaselineCodec):
         scale = ((high - low) / levels).clamp(min=tiny).half().float()
         zero = low.half().float()
         symbols = ((group.float() - zero) / scale).round().clamp(0, levels)
-        return (symbols * scale + zero).to(group.dtype)
+        decoded: torch.Tensor = (symbols * scale + zero).to(group.dtype)
+        return decoded

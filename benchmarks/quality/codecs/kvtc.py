@@ -15,7 +15,9 @@ __all__ = ["FAMILY"]
 def _build(inputs: CodecInputs) -> list[DocumentCodec]:
     parameters = inputs.artifact("kvtc").parameters
     return [
-        StreamCodec("kvtc", f"{ratio:g}x nominal", KvtcCodec(parameters, ratio=ratio), inputs.tier_block_tokens)
+        StreamCodec(
+            "kvtc", f"{ratio:g}x nominal", KvtcCodec(parameters, ratio=ratio), inputs.tier_block_tokens
+        )
         for ratio in sorted(parameters.ratios.values())
     ]
 

@@ -66,7 +66,8 @@ class RotationCodec(BaselineCodec):
         # Zero vectors have no direction; any will do, as their stored norm is zero.
         coordinates = x.float() / norm.clamp(min=torch.finfo(torch.float32).tiny) @ rotation.T
         symbols = torch.bucketize(coordinates, borders)
-        return (codebook[symbols] @ rotation * norm.half().float()).to(x.dtype)
+        decoded: torch.Tensor = (codebook[symbols] @ rotation * norm.half().float()).to(x.dtype)
+        return decoded
 
 
 @cache
@@ -81,15 +82,12 @@ def lloyd_max_normal(bits: int) -> torch.Tensor:
     torch.Tensor
         float64 ``[2^bits]``, ascending.
     """
-    normal = torch.distributions.Normal(
-        torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    )
-    levels = normal.icdf((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
+    levels: torch.Tensor = torch.special.ndtri((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
     infinity = torch.tensor([math.inf], dtype=torch.float64)
     for _ in range(_LLOYD_STEPS):
         borders = torch.cat((-infinity, (levels[1:] + levels[:-1]) / 2, infinity))
         density = (-borders.square() / 2).exp() / math.sqrt(2 * math.pi)
-        levels = -density.diff() / normal.cdf(borders).diff()
+        levels = -density.diff() / torch.special.ndtr(borders).diff()
     return levels
 
 
@@ -99,7 +97,8 @@ def _random_rotation(size: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     gauss = torch.randn((size, size), generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)
-    return (q * r.diagonal().sign()).float()
+    rotation: torch.Tensor = (q * r.diagonal().sign()).float()
+    return rotation
 
 
 def _build(inputs: CodecInputs) -> list[DocumentCodec]:

@@ -34,15 +34,15 @@ class StreamCodec(DocumentCodec):
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> StoredKv:
         """Encode a document's KV and decode it again; see `DocumentCodec.store`."""
-        pieces = zip(keys.split(self._tier_block_tokens), values.split(self._tier_block_tokens), strict=True)
+        step = self._tier_block_tokens
         blocks = [
             TierBlock(
-                keys=block_keys,
-                values=block_values,
-                first_position=index * self._tier_block_tokens,
-                sink_tokens=min(SINK_TOKENS, block_keys.shape[0]) if index == 0 else 0,
+                keys=keys[first : first + step],
+                values=values[first : first + step],
+                first_position=first,
+                sink_tokens=min(SINK_TOKENS, keys.shape[0]) if first == 0 else 0,
             )
-            for index, (block_keys, block_values) in enumerate(pieces)
+            for first in range(0, keys.shape[0], step)
         ]
         streams = self._codec.encode(blocks)
         decoded = [self._codec.decode(stream) for stream in streams]

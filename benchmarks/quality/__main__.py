@@ -1,0 +1,156 @@
+"""``python -m benchmarks.quality``: run the evaluation, or draw its report anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.quality.codecs import CODECS
+from benchmarks.quality.models import MODELS
+from benchmarks.quality.plots import write_plots
+from benchmarks.quality.report import (
+    compare_bytes,
+    equal_quality_table,
+    read_scores,
+    tables,
+    write_results,
+    write_score,
+)
+from benchmarks.quality.run import RunRequest, Step, run_model
+from benchmarks.quality.settings import FULL, QUICK
+from benchmarks.quality.summary import summarise
+from benchmarks.quality.tasks import TASKS
+from dynamo_kvtc.cli.output import print_error, print_note, print_table, progress
+from dynamo_kvtc.errors import EvaluationError, KvtcError
+from dynamo_kvtc.evaluation.environment import describe_environment
+
+_SCORES, _RUN, _RESULTS = "scores.jsonl", "run.json", "results.json"
+
+_DEFAULT_OUT = Path("quality-output")
+
+#: What every task shows in tables and plots.
+_METRICS = {name: task.metrics for name, task in TASKS.items()}
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    """Compare codecs on tasks; without a command, run everything with its defaults."""
+    if context.invoked_subcommand is None:
+        run()
+
+
+@app.command()
+def run(
+    models: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(MODELS)}, model folders or .gguf files.")
+    ] = "",
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(TASKS)}.")] = "",
+    codecs: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(CODECS)}.")] = "",
+    artifact: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROFILE=FOLDER", help="A ready artifact; others are calibrated and kept."),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Small sizes, one model: a minute or two.")] = False,
+    dtype: Annotated[str, typer.Option(help="dtype of models and caches.")] = "float32",
+    tier_block_tokens: Annotated[int, typer.Option(help="Tokens per stream.", min=16)] = 256,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; its own choice by default.", min=1)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; it must not hold any yet.")
+    ] = _DEFAULT_OUT,
+) -> None:
+    """Measure models, tasks and codecs, and write the report."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    request = RunRequest(
+        plan=QUICK if quick else FULL,
+        tasks=_names(tasks),
+        codecs=_names(codecs),
+        dtype=dtype,
+        tier_block_tokens=tier_block_tokens,
+        artifacts=_artifacts(artifact or ()),
+    )
+    chosen = _names(models) or (["smollm2"] if quick else list(MODELS))
+    _open_folder(out)
+    described: dict[str, Any] = {
+        "quick": quick,
+        "dtype": dtype,
+        "tier_block_tokens": tier_block_tokens,
+        "artifacts": {},
+    }
+    with progress() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(step: Step) -> None:
+            bar.update(task, description=step.stage, completed=step.done, total=step.total)
+
+        for model in chosen:
+            artifacts, scores = run_model(model, request, show)
+            described["artifacts"][model] = {
+                profile: artifact.parameters.artifact_id.hex() for profile, artifact in artifacts.items()
+            }
+            environment = {"environment": describe_environment(), "settings": described}
+            (out / _RUN).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+            for score in scores:
+                write_score(out / _SCORES, score)
+    report(out)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of a run, also of an unfinished one.")] = _DEFAULT_OUT,
+) -> None:
+    """Write results and plots of a run from its scores, and print its tables."""
+    scores = read_scores(out / _SCORES)
+    described = json.loads((out / _RUN).read_text(encoding="utf-8"))
+    rows = summarise(scores)
+    compared = compare_bytes(scores)
+    write_results(out / _RESULTS, rows, compared, **described)
+    paths = write_plots(rows, _METRICS, out)
+    for table in tables(rows, _METRICS):
+        print_table(table)
+    for model, found in compared.items():
+        if found:
+            print_table(equal_quality_table(model, found))
+    print_note("in brackets: 95 % intervals over documents")
+    print_note(f"written: {', '.join(str(path) for path in (out / _RESULTS, *paths))}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _artifacts(options: Any) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for option in options:
+        profile, separator, folder = option.partition("=")
+        if not (profile and separator and folder):
+            raise typer.BadParameter(f"{option!r} is not PROFILE=FOLDER", param_hint="--artifact")
+        found.setdefault(profile, []).append(Path(folder))
+    return found
+
+
+def _open_folder(out: Path) -> None:
+    if (out / _SCORES).exists():
+        raise EvaluationError(f"{out} holds the scores of another run; choose another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are printed and end with status 1."""
+    try:
+        app()
+    except KvtcError as error:
+        print_error(error)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

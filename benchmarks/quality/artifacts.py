@@ -1,0 +1,98 @@
+"""The artifacts that codecs need: given by the caller, or calibrated once and kept in the cache folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.quality.domains import DOMAINS
+from dynamo_kvtc.calibration.artifact import Artifact, load_artifact
+from dynamo_kvtc.calibration.fingerprint import hash_weights
+from dynamo_kvtc.calibration.models import cache_folder
+from dynamo_kvtc.calibration.run import Progress, calibrate
+from dynamo_kvtc.calibration.settings import CalibrationSettings
+from dynamo_kvtc.errors import EvaluationError
+
+__all__ = ["CalibrationPlan", "artifacts_for"]
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How artifacts are calibrated, the same for every profile.
+
+    Attributes
+    ----------
+    tokens, document_tokens : int
+        Tokens of calibration text in all, evenly from all domains, and of one document.
+    ratios : tuple[float, ...]
+        Nominal ratios.
+    layers_per_group : int or None
+        Consecutive layers with one basis; None for all, as published.
+    """
+
+    tokens: int = 40_960
+    document_tokens: int = 2048
+    ratios: tuple[float, ...] = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+    layers_per_group: int | None = None
+
+
+def artifacts_for(
+    folder: Path,
+    profiles: Sequence[str],
+    dtype: str,
+    plan: CalibrationPlan,
+    given: Mapping[str, Sequence[Path]],
+    progress: Callable[[Progress], None],
+) -> dict[str, Artifact]:
+    """Return the artifacts of a model, by profile.
+
+    Parameters
+    ----------
+    folder : Path
+        The model's Hugging Face folder.
+    profiles : Sequence[str]
+        Which ones.
+    dtype : str
+        dtype of model and cache.
+    plan : CalibrationPlan
+        How those are calibrated that are not given.
+    given : Mapping[str, Sequence[Path]]
+        Folders of ready artifacts by profile, of this model or others.
+    progress : Callable[[Progress], None]
+        Called while calibrating.
+
+    Raises
+    ------
+    ArtifactError, CalibrationError
+        If a given artifact cannot be read, or calibration fails.
+    EvaluationError
+        If a profile cannot be calibrated here.
+    """
+    weights_hash = hash_weights(folder)
+    found = {}
+    for profile in profiles:
+        ready = [load_artifact(path) for path in given.get(profile, ())]
+        own = [artifact for artifact in ready if artifact.manifest.model.weights_hash == weights_hash]
+        found[profile] = own[0] if own else _calibrated(folder, profile, dtype, plan, progress)
+    return found
+
+
+def _calibrated(
+    folder: Path, profile: str, dtype: str, plan: CalibrationPlan, progress: Callable[[Progress], None]
+) -> Artifact:
+    if profile != "kvtc":
+        raise EvaluationError(f"there is no calibration of profile {profile!r}; give an artifact")
+    layers = plan.layers_per_group or "all"
+    name = f"{folder.name}-{profile}-{dtype}-{plan.tokens}-tokens-{layers}-layers"
+    settings = CalibrationSettings(
+        model=str(folder),
+        texts=tuple(domain.calibration for domain in DOMAINS.values()),
+        out=cache_folder() / "quality" / name,
+        tokens=plan.tokens,
+        document_tokens=plan.document_tokens,
+        ratios=plan.ratios,
+        layers_per_group=plan.layers_per_group,
+        dtype=dtype,
+    )
+    return calibrate(settings, progress)
