@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from dynamo_kvtc.calibration.fingerprint import ModelFingerprint
 from dynamo_kvtc.calibration.manifest import HeadShard, Manifest, SideManifest
 from dynamo_kvtc.codec.geometry import CACHE_DTYPES, KvGeometry, LayerRange
-from dynamo_kvtc.codec.parameters import CodecParameters, GroupParameters, SideParameters
+from dynamo_kvtc.codec.parameters import AnyParameters, CodecParameters, GroupParameters, SideParameters
 from dynamo_kvtc.codec.plan import BitPlan, PlanGroup, QuantType
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, KvtcError
@@ -44,7 +44,7 @@ class Artifact:
         Where it was loaded from.
     manifest : Manifest
         Its ``artifact.json``.
-    parameters : CodecParameters
+    parameters : AnyParameters
         What a codec needs.
     variances : Mapping[tuple[int, str], torch.Tensor]
         float32 ``[rank]``, variance of each stored component, by layer group and side.
@@ -52,7 +52,7 @@ class Artifact:
 
     folder: Path
     manifest: Manifest
-    parameters: CodecParameters
+    parameters: AnyParameters
     variances: Mapping[tuple[int, str], torch.Tensor]
 
     @property
@@ -207,7 +207,7 @@ def _assemble(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
             for name, side in (("keys", group.keys), ("values", group.values))
         )
         groups.append(GroupParameters(LayerRange(group.first_layer, group.num_layers), keys, values))
-    parameters = CodecParameters(
+    parameters: AnyParameters = CodecParameters(
         artifact_id=bytes.fromhex(manifest.id),
         geometry=KvGeometry(model.num_layers, model.num_kv_heads, model.head_size, model.dtype),
         rope=RopeParameters.from_dict(model.rope),

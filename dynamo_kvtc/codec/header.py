@@ -77,10 +77,11 @@ _MAX_BYTES_PER_ELEMENT = 8
 
 
 class Profile(IntEnum):
-    """How a stream's payloads are made; the number is the id in the header. 2 is reserved for ``rd``."""
+    """How a stream's payloads are made; the number is the id in the header."""
 
     RAW = 0
     KVTC = 1
+    RD = 2
 
 
 class SectionKind(IntEnum):

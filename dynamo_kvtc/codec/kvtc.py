@@ -36,7 +36,7 @@ from dynamo_kvtc.codec.bitstream import (
 from dynamo_kvtc.codec.entropy import DEFLATE, EntropyCoder, find_coder
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.header import SINK_BITS, align
-from dynamo_kvtc.codec.parameters import CodecParameters
+from dynamo_kvtc.codec.parameters import KvtcParameters
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.codec.side import SideCodec
 from dynamo_kvtc.codec.sinks import SinkCodec
@@ -107,7 +107,7 @@ class KvtcCodec(KvCodec):
 
     Parameters
     ----------
-    parameters : CodecParameters
+    parameters : KvtcParameters
         Transforms and plans, from an artifact.
     ratio : float, optional
         Nominal ratio of the plan to encode with. None makes a codec for decoding only; decoding takes the
@@ -133,7 +133,7 @@ class KvtcCodec(KvCodec):
 
     def __init__(
         self,
-        parameters: CodecParameters,
+        parameters: KvtcParameters,
         *,
         ratio: float | None = None,
         sink_bits: int = 8,

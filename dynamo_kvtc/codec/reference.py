@@ -31,7 +31,7 @@ from dynamo_kvtc.codec.bitstream import (
 )
 from dynamo_kvtc.codec.entropy import DEFLATE, STORE
 from dynamo_kvtc.codec.header import align
-from dynamo_kvtc.codec.parameters import CodecParameters
+from dynamo_kvtc.codec.parameters import KvtcParameters
 from dynamo_kvtc.codec.reference_steps import (
     pack_coefficients,
     pack_sinks,
@@ -62,7 +62,7 @@ class ReferenceCodec(KvCodec):
 
     Parameters
     ----------
-    parameters : CodecParameters
+    parameters : KvtcParameters
         Transforms and plans, from an artifact.
     ratio : float
         Nominal ratio of the plan to encode with.
@@ -70,7 +70,7 @@ class ReferenceCodec(KvCodec):
         Bits of an element of a sink token, 8 or 16.
     """
 
-    def __init__(self, parameters: CodecParameters, *, ratio: float, sink_bits: int = 8) -> None:
+    def __init__(self, parameters: KvtcParameters, *, ratio: float, sink_bits: int = 8) -> None:
         self.parameters = parameters
         self.geometry = parameters.geometry
         self.layer_groups = tuple(group.layers for group in parameters.groups)

@@ -180,7 +180,7 @@ FORGERIES = {
     "version 0": ("<H", 8, 0, UnsupportedVersionError),
     "version 2": ("<H", 8, 2, UnsupportedVersionError),
     "flags": ("<H", 10, 1, ReservedBitsError),
-    "profile": ("<B", 12, 2, UnsupportedVersionError),
+    "profile": ("<B", 12, 3, UnsupportedVersionError),
     "dtype": ("<B", 13, 0, UnsupportedVersionError),
     "sink bits": ("<B", 14, 4, UnsupportedVersionError),
     "reserved byte": ("<B", 15, 1, ReservedBitsError),

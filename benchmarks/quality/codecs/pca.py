@@ -16,7 +16,7 @@ from benchmarks.quality.codecs.base import (
     DocumentCodec,
     StoredKv,
 )
-from dynamo_kvtc.codec.parameters import CodecParameters, SideParameters
+from dynamo_kvtc.codec.parameters import KvtcParameters, SideParameters
 from dynamo_kvtc.errors import EvaluationError
 
 __all__ = ["FAMILY", "PcaCodec"]
@@ -29,7 +29,7 @@ class PcaCodec(BaselineCodec):
 
     Parameters
     ----------
-    parameters : CodecParameters
+    parameters : KvtcParameters
         Of an artifact of profile ``kvtc``.
     ratio : float
         Elements of a row per coefficient that is kept.
@@ -40,7 +40,7 @@ class PcaCodec(BaselineCodec):
         If the artifact holds fewer components than the ratio leaves room for.
     """
 
-    def __init__(self, parameters: CodecParameters, ratio: float) -> None:
+    def __init__(self, parameters: KvtcParameters, ratio: float) -> None:
         self.family = "pca"
         self.setting = f"{ratio:g}x"
         self._parameters = parameters
