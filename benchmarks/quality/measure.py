@@ -94,7 +94,7 @@ def measure_document(
         correct = reference_correct = 0
         for probe, reference in zip(document.probes, references, strict=True):
             predictions = _predictions(loaded, decoded_keys, decoded_values, probe)
-            answer = torch.tensor(probe.answer)
+            answer = torch.tensor(probe.targets)
             sums.add(reference, predictions, answer)
             correct += _is_right(predictions, answer)
             reference_correct += _is_right(reference, answer)
@@ -119,9 +119,8 @@ def measure_document(
 
 
 def _predictions(loaded: LoadedModel, keys: torch.Tensor, values: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """Return the logits before each token of a probe's answer, float32 ``[answer, vocabulary]``."""
-    logits = score(loaded, keys, values, (*probe.suffix, *probe.answer[:-1]))
-    return logits[len(probe.suffix) - 1 :]
+    """Return the logits before each of a probe's targets, float32 ``[targets, vocabulary]``."""
+    return score(loaded, keys, values, probe.token_ids[:-1])[list(probe.places)]
 
 
 def _is_right(predictions: torch.Tensor, answer: torch.Tensor) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_model import write_tiny_model
 
 from dynamo_kvtc.calibration.artifact import Artifact
@@ -12,6 +14,15 @@ from dynamo_kvtc.calibration.models import LoadedModel, load_model
 from dynamo_kvtc.calibration.run import calibrate
 from dynamo_kvtc.calibration.settings import CalibrationSettings
 from dynamo_kvtc.data import CALIBRATION_TEXTS
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, two threads are slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

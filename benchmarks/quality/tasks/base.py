@@ -23,7 +23,7 @@ Tokenise = Callable[[str], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A question behind a context.
+    """A question behind a context, or several that build on each other.
 
     Attributes
     ----------
@@ -31,14 +31,43 @@ class Probe:
         Token ids that follow the context; they are never stored.
     answer : tuple[int, ...]
         The token ids that should follow them.
+    further : tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+        Further suffixes and answers, each behind the answer before it. Right is a probe of which all
+        answers are.
     """
 
     suffix: tuple[int, ...]
     answer: tuple[int, ...]
+    further: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.suffix or not self.answer:
+        if not all(suffix and answer for suffix, answer in self._turns):
             raise EvaluationError("a probe needs at least one token of suffix and one of answer")
+
+    @property
+    def _turns(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        return ((self.suffix, self.answer), *self.further)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Everything that follows the context, answers included."""
+        return tuple(token for turn in self._turns for part in turn for token in part)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The tokens of all answers."""
+        return tuple(token for _, answer in self._turns for token in answer)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where in `token_ids` each of the targets is predicted: one before the target itself."""
+        places: list[int] = []
+        start = 0
+        for suffix, answer in self._turns:
+            first = start + len(suffix)
+            start = first + len(answer)
+            places += range(first - 1, start - 1)
+        return tuple(places)
 
 
 @dataclass(frozen=True, slots=True)

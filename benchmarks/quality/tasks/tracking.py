@@ -1,31 +1,34 @@
-"""Variable tracking: chains of assignments spread over prose, and the value at some place of a chain.
+"""Variable tracking: references from key to key, to be followed to a number.
 
-A chain assigns a number to a variable, that variable to a second and the second to a third. Asked for are
-the second variable (one hop) and the third (two hops), whose numbers stand in the context once, behind the
-first variable. Assignments of all chains are mixed, those of one chain stay in order.
+A context is a list of JSON pairs. A chain gives a number to a key, refers to that key from a second one and
+to the second from a third; pairs of chains are mixed with each other and with pairs of numbers. A probe
+starts at the second key (one hop) or the third (two hops) and follows the chain: each reference and then
+the number must be predicted, every one of them over the stored pairs. The model is led from step to step
+(the text between two answers is given), without which models below a billion parameters are at chance.
 
-Hsieh et al., "RULER", arXiv 2404.06654, section 3, variable tracking; asked for is a value, not all names.
+After Hsieh et al., "RULER", arXiv 2404.06654, section 3, variable tracking.
 """
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from benchmarks.quality.domains import DOMAINS
-from benchmarks.quality.tasks.base import Document, Probe, Task, lay_out, tokeniser
-from benchmarks.quality.tasks.words import draw_numbers, sentences
+from benchmarks.quality import RECENT_WINDOW
+from benchmarks.quality.tasks.base import Document, Probe, Task, Tokenise, tokeniser
+from benchmarks.quality.tasks.words import draw_names, draw_numbers
+from dynamo_kvtc.errors import EvaluationError
 
 __all__ = ["TrackingTask"]
 
+#: Keys of a chain: its number is given to the first.
 _CHAIN = 3
 
 
 @dataclass(frozen=True)
 class TrackingTask(Task):
-    """Contexts of prose with chains of assignments.
+    """Contexts of pairs with chains among them.
 
     Attributes
     ----------
@@ -35,54 +38,85 @@ class TrackingTask(Task):
         Contexts of each length, and chains in each.
     """
 
-    lengths: tuple[int, ...] = (1024,)
+    lengths: tuple[int, ...] = (768,)
     per_length: int = 16
-    chains: int = 3
+    chains: int = 4
 
     name = "tracking"
     metrics = ("accuracy", "kl")
 
     def documents(self, tokenizer: Any) -> list[Document]:
-        """Generate the contexts; see `Task.documents`. One and two hops are documents apart."""
+        """Generate the contexts; see `Task.documents`. One and two hops are documents of their own."""
         return [
             document
             for length in self.lengths
             for number in range(self.per_length)
-            for document in self._documents(tokenizer, length, number)
+            for document in self._documents(tokeniser(tokenizer), length, number)
         ]
 
-    def _documents(self, tokenizer: Any, length: int, number: int) -> list[Document]:
-        tokenise = tokeniser(tokenizer)
+    def _documents(self, tokenise: Tokenise, length: int, number: int) -> list[Document]:
         random = Random(f"{self.name}:{length}:{number}")
-        names = _draw_variables(_CHAIN * self.chains, random)
-        chains = [names[start : start + _CHAIN] for start in range(0, len(names), _CHAIN)]
-        values = draw_numbers(self.chains, random)
-        order = random.sample(range(self.chains), self.chains)
-        lines = []
-        for step in range(_CHAIN):
-            for chain in order:
-                source = values[chain] if step == 0 else chains[chain][step - 1]
-                lines.append(tokenise(f"\n{chains[chain][step]} = {source}\n"))
-        prose = sentences(DOMAINS["prose"].heldout)
-        start = random.randrange(len(prose))
-        filler = [tokenise(prose[(start + index) % len(prose)]) for index in range(length // 4)]
-        context = lay_out(lines, filler, length, random)
+        names, values = draw_names(length, random), draw_numbers(length, random)
+        chains = [names[start : start + _CHAIN] for start in range(0, _CHAIN * self.chains, _CHAIN)]
+        linked = [
+            tokenise(_pair(chain[step], f"@{chain[step - 1]}" if step else value))
+            for step in range(_CHAIN)
+            for chain, value in random.sample(list(zip(chains, values, strict=False)), self.chains)
+        ]
+        others = zip(names[_CHAIN * self.chains :], values[self.chains :], strict=False)
+        plain = [tokenise(_pair(name, value)) for name, value in others]
+        context = self._mix(tokenise, linked, plain, length, random)
         return [
             Document(
                 group=f"{hops} hop{'s' if hops > 1 else ''}, {length} tokens",
                 context=context,
                 probes=tuple(
-                    Probe(tokenise(f"\n\nThe value of {chain[hops]} is"), tokenise(f" {value}"))
-                    for chain, value in zip(chains, values, strict=True)
+                    _probe(tokenise, chain[: hops + 1], value)
+                    for chain, value in zip(chains, values, strict=False)
                 ),
             )
             for hops in range(1, _CHAIN)
         ]
 
+    def _mix(
+        self,
+        tokenise: Tokenise,
+        linked: list[tuple[int, ...]],
+        plain: list[tuple[int, ...]],
+        length: int,
+        random: Random,
+    ) -> tuple[int, ...]:
+        """Put the chains' pairs at random places between the others, before the recent window."""
+        opening = tokenise("Here is a list of keys and their values, as JSON.\n\n{\n")
+        longest = max(len(pair) for pair in (*linked, *plain))
+        places = (length - RECENT_WINDOW - len(opening)) // longest
+        if places < len(linked):
+            raise EvaluationError(
+                f"{self.chains} chains do not fit into a context of {length} tokens; use longer contexts"
+            )
+        chosen = set(random.sample(range(places), len(linked)))
+        next_linked, next_plain = iter(linked), iter(plain)
+        context = list(opening)
+        place = 0
+        while len(context) < length:
+            context += next(next_linked if place in chosen else next_plain)
+            place += 1
+        return tuple(context[:length])
 
-def _draw_variables(count: int, random: Random) -> list[str]:
-    """Return different names of four capital letters."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["".join(random.choices(string.ascii_uppercase, k=4))] = None
-    return list(found)
+
+def _pair(name: str, value: str) -> str:
+    return f' "{name}": "{value}",\n'
+
+
+def _probe(tokenise: Tokenise, chain: list[str], value: str) -> Probe:
+    """Return the way from the last key of a chain to its number."""
+    steps = list(reversed(chain))
+    first, *further = [
+        (
+            tokenise(f'value of "{name}" in the list above is "' + ("" if target == value else "@")),
+            tokenise(target),
+        )
+        for name, target in zip(steps, [*steps[1:], value], strict=True)
+    ]
+    opening, link = tokenise("\n}\n\nThe "), tokenise('", and the ')
+    return Probe(opening + first[0], first[1], tuple((link + suffix, answer) for suffix, answer in further))
