@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.errors import CalibrationError
 
-__all__ = ["RECENT_WINDOW", "SINK_TOKENS", "capture_rows", "select_rows"]
+__all__ = ["RECENT_WINDOW", "SINK_TOKENS", "capture_rows", "read_cache", "select_rows"]
 
 #: Leading positions of a sequence that are attention sinks and stay out of the fit (KVTC, section 3.3).
 SINK_TOKENS = 4
@@ -43,9 +44,34 @@ def capture_rows(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.T
         If the model's cache is not one of plain keys and values for every token, or holds NaN or
         infinity.
     """
-    geometry = loaded.geometry
     decoder = loaded.model.base_model  # without the output head, which calibration has no use for
     cache = decoder(input_ids=torch.tensor([list(token_ids)]), use_cache=True).past_key_values
+    return read_cache(loaded, cache, len(token_ids))
+
+
+def read_cache(loaded: LoadedModel, cache: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of a cache that was filled from position 0.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model.
+    cache : transformers.Cache
+        Of a batch of one.
+    tokens : int
+        How many tokens it must hold.
+
+    Returns
+    -------
+    tuple[torch.Tensor, torch.Tensor]
+        As `capture_rows`.
+
+    Raises
+    ------
+    CalibrationError
+        As `capture_rows`.
+    """
+    geometry = loaded.geometry
     try:
         keys = torch.stack([layer.keys[0] for layer in cache.layers])
         values = torch.stack([layer.values[0] for layer in cache.layers])
@@ -53,13 +79,13 @@ def capture_rows(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.T
         raise CalibrationError(
             f"the cache of {type(loaded.model).__name__} does not hold keys and values per layer: {error}"
         ) from error
-    expected = (geometry.num_layers, geometry.num_kv_heads, len(token_ids), geometry.head_size)
+    expected = (geometry.num_layers, geometry.num_kv_heads, tokens, geometry.head_size)
     if keys.shape != expected or values.shape != expected:
         raise CalibrationError(
             f"{type(loaded.model).__name__} caches keys {tuple(keys.shape)} and values "
             f"{tuple(values.shape)} (layers, heads, tokens, channels) instead of {expected}"
         )
-    positions = torch.arange(len(token_ids))
+    positions = torch.arange(tokens)
     key_rows = loaded.rope.remove_rope(keys.permute(2, 0, 1, 3), positions).flatten(1)
     value_rows = values.permute(2, 0, 1, 3).float().flatten(1)
     if not (key_rows.isfinite().all() and value_rows.isfinite().all()):
