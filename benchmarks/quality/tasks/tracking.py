@@ -1,10 +1,11 @@
 """Variable tracking: references from key to key, to be followed to a number.
 
 A context is a list of JSON pairs. A chain gives a number to a key, refers to that key from a second one and
-to the second from a third; pairs of chains are mixed with each other and with pairs of numbers. A probe
-starts at the second key (one hop) or the third (two hops) and follows the chain: each reference and then
-the number must be predicted, every one of them over the stored pairs. The model is led from step to step
-(the text between two answers is given), without which models below a billion parameters are at chance.
+to the second from a third; pairs of chains are mixed with each other and with pairs of numbers, and no key
+of a chain shares a word with another key. A probe starts at the second key (one hop) or the third (two hops)
+and follows the chain: each reference and then the number must be predicted, every one of them over the
+stored pairs. The model is led from step to step (the text between two answers is given), without which
+models below a billion parameters are at chance.
 
 After Hsieh et al., "RULER", arXiv 2404.06654, section 3, variable tracking.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from benchmarks.quality import RECENT_WINDOW
 from benchmarks.quality.tasks.base import Document, Probe, Task, Tokenise, tokeniser
-from benchmarks.quality.tasks.words import draw_names, draw_numbers
+from benchmarks.quality.tasks.words import draw_names, draw_numbers, draw_unlike_names
 from dynamo_kvtc.errors import EvaluationError
 
 __all__ = ["TrackingTask"]
@@ -56,15 +57,19 @@ class TrackingTask(Task):
 
     def _documents(self, tokenise: Tokenise, length: int, number: int) -> list[Document]:
         random = Random(f"{self.name}:{length}:{number}")
-        names, values = draw_names(length, random), draw_numbers(length, random)
-        chains = [names[start : start + _CHAIN] for start in range(0, _CHAIN * self.chains, _CHAIN)]
+        chained = draw_unlike_names(_CHAIN * self.chains, random)
+        chains = [chained[start : start + _CHAIN] for start in range(0, len(chained), _CHAIN)]
+        taken = {word for name in chained for word in name.split()}
+        names = [name for name in draw_names(length, random) if taken.isdisjoint(name.split())]
+        values = draw_numbers(length, random)
         linked = [
             tokenise(_pair(chain[step], f"@{chain[step - 1]}" if step else value))
             for step in range(_CHAIN)
             for chain, value in random.sample(list(zip(chains, values, strict=False)), self.chains)
         ]
-        others = zip(names[_CHAIN * self.chains :], values[self.chains :], strict=False)
-        plain = [tokenise(_pair(name, value)) for name, value in others]
+        plain = [
+            tokenise(_pair(name, value)) for name, value in zip(names, values[self.chains :], strict=False)
+        ]
         context = self._mix(tokenise, linked, plain, length, random)
         return [
             Document(

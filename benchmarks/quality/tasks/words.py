@@ -9,7 +9,7 @@ from random import Random
 
 from dynamo_kvtc.errors import EvaluationError
 
-__all__ = ["CATEGORIES", "draw_names", "draw_numbers", "sentences"]
+__all__ = ["CATEGORIES", "draw_names", "draw_numbers", "draw_unlike_names", "sentences"]
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -62,6 +62,21 @@ def draw_names(count: int, random: Random) -> list[str]:
         f"{_ADJECTIVES[number // len(_NOUNS)]} {_NOUNS[number % len(_NOUNS)]}"
         for number in random.sample(range(known), count)
     ]
+
+
+def draw_unlike_names(count: int, random: Random) -> list[str]:
+    """Return names of two words that share no word.
+
+    Raises
+    ------
+    EvaluationError
+        If more are wanted than there are.
+    """
+    known = min(len(_ADJECTIVES), len(_NOUNS))
+    if count > known:
+        raise EvaluationError(f"{count} names without a common word are wanted, there are {known}")
+    pairs = zip(random.sample(_ADJECTIVES, count), random.sample(_NOUNS, count), strict=True)
+    return [f"{adjective} {noun}" for adjective, noun in pairs]
 
 
 def draw_numbers(count: int, random: Random) -> list[str]:
