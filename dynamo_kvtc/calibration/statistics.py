@@ -6,7 +6,7 @@ Memory depends on the size of a row and of the sample, not on the number of toke
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.errors import CalibrationError
 
 __all__ = ["SIDES", "KvStatistics", "Moments"]
+
+#: Takes the layer group, the side and rows ``[tokens, row]``; returns rows and their weights, or None.
+Prepare = Callable[[int, str, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 #: The two sides of a cache, in the order in which they are stored everywhere.
 SIDES = ("keys", "values")
@@ -32,42 +35,51 @@ class Moments:
     ----------
     count : int
         Rows seen.
+    weight : float
+        Sum of their weights; rows without one count 1.
     mean : torch.Tensor
-        float64 ``[row]``.
+        float64 ``[row]``, weighted.
     scatter : torch.Tensor
-        float64 ``[row, row]``: sum over rows of the outer product of ``row - mean`` with itself.
+        float64 ``[row, row]``: weighted sum over rows of the outer product of ``row - mean`` with itself.
     """
 
     def __init__(self, row: int) -> None:
         self.count = 0
+        self.weight = 0.0
         self.mean = torch.zeros(row, dtype=torch.float64)
         self.scatter = torch.zeros(row, row, dtype=torch.float64)
 
-    def update(self, rows: torch.Tensor) -> None:
-        """Take in rows, float32 ``[tokens, row]``."""
+    def update(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take in rows, float32 ``[tokens, row]``, of equal or of given positive weights ``[tokens]``."""
         if rows.shape[0] == 0:
             return
-        mean = rows.mean(dim=0, dtype=torch.float64)
-        centred = rows - mean.float()
+        if weights is None:
+            weight, mean = float(rows.shape[0]), rows.mean(dim=0, dtype=torch.float64)
+        else:
+            weight = float(weights.sum(dtype=torch.float64))
+            mean = (weights @ rows).double() / weight
         # Rounding the mean to float32 displaces it by far less than the rows' own rounding.
-        self._join(rows.shape[0], mean, centred.T @ centred)
+        centred = rows - mean.float()
+        weighted = centred if weights is None else centred * weights[:, None]
+        self._join(rows.shape[0], weight, mean, weighted.T @ centred)
 
     def merge(self, other: Moments) -> None:
         """Take in everything that `other` has seen."""
         if other.count:
-            self._join(other.count, other.mean, other.scatter)
+            self._join(other.count, other.weight, other.mean, other.scatter)
 
     def covariance(self) -> torch.Tensor:
-        """Return the covariance, float32 ``[row, row]``."""
+        """Return the scatter per row, float32 ``[row, row]``: without weights, the covariance."""
         return (self.scatter / max(1, self.count)).float()
 
-    def _join(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
+    def _join(self, count: int, weight: float, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        total = self.weight + weight
         delta = mean - self.mean
         self.scatter += scatter
-        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
+        self.scatter.addr_(delta, delta, alpha=self.weight * weight / total)
+        self.mean += delta * (weight / total)
+        self.weight = total
+        self.count += count
 
 
 class KvStatistics:
@@ -83,6 +95,8 @@ class KvStatistics:
         How many rows a sampled document gives to the sample.
     sample_every : int
         Distance between sampled documents, so that very many of them do not make the sample grow.
+    prepare : Prepare, optional
+        What is done to rows before they enter the moments; the sample keeps them as they are.
 
     Attributes
     ----------
@@ -97,8 +111,10 @@ class KvStatistics:
         *,
         rows_per_document: int,
         sample_every: int = 1,
+        prepare: Prepare = lambda _group, _side, rows: (rows, None),
     ) -> None:
         self.geometry = geometry
+        self._prepare = prepare
         self.groups = tuple(groups)
         self.rows_per_document = rows_per_document
         self.sample_every = sample_every
@@ -125,7 +141,7 @@ class KvStatistics:
         """
         for side, rows in zip(SIDES, (keys, values), strict=True):
             for group, layers in enumerate(self.groups):
-                self._moments[group, side].update(rows[:, self._columns(layers)])
+                self._moments[group, side].update(*self._prepare(group, side, rows[:, self._columns(layers)]))
             if self.documents % self.sample_every == 0:
                 taken = min(self.rows_per_document, rows.shape[0])
                 chosen = torch.arange(taken) * rows.shape[0] // max(1, taken)
@@ -150,7 +166,8 @@ class KvStatistics:
         for side, samples in self._samples.items():
             tensors[f"sample.{side}"] = torch.cat([torch.empty(0, self.geometry.row_size), *samples])
         scratch = path.with_suffix(".partial")
-        counts = {"documents": self.documents, "rows": self.rows}
+        weights = {f"{group}.{side}": moments.weight for (group, side), moments in self._moments.items()}
+        counts = {"documents": self.documents, "rows": self.rows, "weights": weights}
         save_file(tensors, scratch, metadata={"counts": json.dumps(counts)})
         scratch.replace(path)
 
@@ -169,6 +186,7 @@ class KvStatistics:
                     moments.mean.copy_(file.get_tensor(f"{group}.{side}.mean"))
                     moments.scatter.copy_(file.get_tensor(f"{group}.{side}.scatter"))
                     moments.count = counts["rows"]
+                    moments.weight = counts["weights"][f"{group}.{side}"]
                 for side in SIDES:
                     self._samples[side] = [file.get_tensor(f"sample.{side}")]
                 self.documents = counts["documents"]
