@@ -17,10 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from dynamo_kvtc.calibration.fingerprint import ModelFingerprint
-from dynamo_kvtc.calibration.manifest import HeadShard, Manifest, SideManifest
+from dynamo_kvtc.calibration.manifest import HeadShard, Manifest, RdSideManifest, SideManifest
 from dynamo_kvtc.codec.geometry import CACHE_DTYPES, KvGeometry, LayerRange
-from dynamo_kvtc.codec.parameters import AnyParameters, CodecParameters, GroupParameters, SideParameters
+from dynamo_kvtc.codec.header import Profile
+from dynamo_kvtc.codec.parameters import (
+    AnyParameters,
+    CodecParameters,
+    GroupParameters,
+    RdSideParameters,
+    SideParameters,
+)
 from dynamo_kvtc.codec.plan import BitPlan, PlanGroup, QuantType
+from dynamo_kvtc.codec.rd_plan import RdPlan
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, KvtcError
 
@@ -32,6 +40,12 @@ PARAMETERS_NAME = "parameters.safetensors"
 #: Bounds on what a reader takes into memory before it has verified anything.
 _MANIFEST_BYTES = 64 << 20
 _TENSOR_HEADER_BYTES = 16 << 20
+
+#: Largest difference between a metric and its transpose, relative to its largest entry.
+_METRIC_SKEW = 1e-5
+
+#: Shape and dtype of a tensor.
+_Layout = tuple[torch.Size, torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,17 +186,30 @@ def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _tensor_layout(manifest: Manifest) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _tensor_layout(manifest: Manifest) -> dict[str, _Layout]:
     """Return shape and dtype of every tensor that the manifest promises."""
-    layout = {}
-    layer_size = manifest.model.num_kv_heads * manifest.model.head_size
+    layout: dict[str, _Layout] = {}
+    head_size = manifest.model.head_size
+    basis_dtype = CACHE_DTYPES[manifest.parameters.basis_dtype]
     for index, group in enumerate(manifest.groups):
-        row = group.num_layers * layer_size
+        heads = group.num_layers * manifest.model.num_kv_heads
+        row = heads * head_size
         for name, side in (("keys", group.keys), ("values", group.values)):
-            basis_dtype = CACHE_DTYPES[manifest.parameters.basis_dtype]
-            layout[f"{index}.{name}.mean"] = (torch.Size([row]), torch.float32)
-            layout[f"{index}.{name}.basis"] = (torch.Size([side.rank, row]), basis_dtype)
-            layout[f"{index}.{name}.variances"] = (torch.Size([side.rank]), torch.float32)
+            promised: dict[str, _Layout] = {
+                "mean": (torch.Size([row]), torch.float32),
+                "basis": (torch.Size([side.rank, row]), basis_dtype),
+                "variances": (torch.Size([side.rank]), torch.float32),
+            }
+            if isinstance(side, RdSideManifest):
+                promised["metric"] = (torch.Size([heads, head_size, head_size]), torch.float32)
+                promised["importance"] = (torch.Size([row]), torch.float32)
+                for plan in side.plans:
+                    stored = sum(plan.counts)
+                    place = f"plans.{plan.plan_id}"
+                    promised[f"{place}.components"] = (torch.Size([stored]), torch.int32)
+                    promised[f"{place}.rounding"] = (torch.Size([stored]), torch.float32)
+                    promised[f"{place}.offsets"] = (torch.Size([2, stored]), torch.float32)
+            layout |= {f"{index}.{name}.{kind}": part for kind, part in promised.items()}
     return layout
 
 
@@ -198,14 +225,15 @@ def _assemble(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
     ratios = {entry.plan_id: entry.ratio for entry in manifest.ratios}
     groups = []
     for index, group in enumerate(manifest.groups):
-        keys, values = (
-            SideParameters(
-                mean=tensors[f"{index}.{name}.mean"],
-                basis=tensors[f"{index}.{name}.basis"].float(),
-                plans=_plans(folder, side, ratios),
-            )
-            for name, side in (("keys", group.keys), ("values", group.values))
-        )
+        sides = []
+        for name, side in (("keys", group.keys), ("values", group.values)):
+            plan_ids = [plan.plan_id for plan in side.plans]
+            if len(set(plan_ids)) != len(plan_ids) or set(plan_ids) != ratios.keys():
+                raise ArtifactFormatError(f"the artifact {folder} lacks a plan for one of its ratios")
+            prefix = f"{index}.{name}."
+            own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+            sides.append(_rd_side(own, side) if isinstance(side, RdSideManifest) else _side(own, side))
+        keys, values = sides
         groups.append(GroupParameters(LayerRange(group.first_layer, group.num_layers), keys, values))
     parameters: AnyParameters = CodecParameters(
         artifact_id=bytes.fromhex(manifest.id),
@@ -213,6 +241,8 @@ def _assemble(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
         rope=RopeParameters.from_dict(model.rope),
         groups=tuple(groups),
         ratios=ratios,
+        divergences={entry.plan_id: entry.measured.kl for entry in manifest.ratios if entry.measured},
+        profile=Profile[manifest.profile.upper()],
     )
     variances = {
         (index, name): tensors[f"{index}.{name}.variances"]
@@ -222,16 +252,41 @@ def _assemble(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
     return Artifact(folder, manifest, parameters, variances)
 
 
-def _plans(folder: Path, side: SideManifest, ratios: Mapping[int, float]) -> dict[int, BitPlan]:
-    plans = {
-        plan.plan_id: BitPlan(
-            tuple(PlanGroup(start, size, QuantType[name.upper()]) for start, size, name in plan.groups)
-        )
-        for plan in side.plans
-    }
-    if plans.keys() != ratios.keys() or len(plans) != len(side.plans):
-        raise ArtifactFormatError(f"the artifact {folder} lacks a bit plan for one of its ratios")
-    return plans
+def _side(tensors: Mapping[str, torch.Tensor], manifest: SideManifest) -> SideParameters:
+    return SideParameters(
+        mean=tensors["mean"],
+        basis=tensors["basis"].float(),
+        plans={
+            plan.plan_id: BitPlan(
+                tuple(PlanGroup(start, size, QuantType[name.upper()]) for start, size, name in plan.groups)
+            )
+            for plan in manifest.plans
+        },
+    )
+
+
+def _rd_side(tensors: Mapping[str, torch.Tensor], manifest: RdSideManifest) -> RdSideParameters:
+    metric = tensors["metric"]
+    skew = (metric - metric.mT).abs().amax()
+    if skew > _METRIC_SKEW * metric.abs().amax() or torch.linalg.cholesky_ex(metric).info.any():
+        raise ArtifactFormatError("a metric is not symmetric and positive definite; recalibrate")
+    return RdSideParameters(
+        mean=tensors["mean"],
+        basis=tensors["basis"].float(),
+        metric=metric,
+        importance=tensors["importance"],
+        importance_bias=manifest.importance_bias,
+        plans={
+            plan.plan_id: RdPlan(
+                step=plan.step,
+                components=tensors[f"plans.{plan.plan_id}.components"].long(),
+                counts=plan.counts,
+                rounding=tensors[f"plans.{plan.plan_id}.rounding"],
+                offsets=tensors[f"plans.{plan.plan_id}.offsets"],
+            )
+            for plan in manifest.plans
+        },
+    )
 
 
 def _read_bounded(path: Path, limit: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -20,16 +20,21 @@ from dynamo_kvtc.calibration.manifest import (
     GroupManifest,
     HeadShard,
     Manifest,
+    MeasuredManifest,
     ModelManifest,
     ParametersFile,
     PlanManifest,
     RatioManifest,
+    RdPlanManifest,
+    RdSideManifest,
     SideManifest,
 )
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.plan import BitPlan
+from dynamo_kvtc.codec.rd_plan import RdPlan
+from dynamo_kvtc.errors import CalibrationError
 
-__all__ = ["FittedSide", "write_artifact"]
+__all__ = ["AnyFittedSide", "FittedRdSide", "FittedSide", "MeasuredPlan", "write_artifact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +65,72 @@ class FittedSide:
     errors: Mapping[int, tuple[float, ...]]
 
 
+@dataclass(frozen=True, eq=False)
+class FittedRdSide:
+    """What calibration of the rd profile found for the keys or values of one layer group.
+
+    Attributes
+    ----------
+    mean, basis : torch.Tensor
+        As of `FittedSide`; the basis is that of rows in the metric's space.
+    metric : torch.Tensor
+        float32 ``[layers * num_kv_heads, head_size, head_size]``, symmetric and positive definite.
+    importance, importance_bias : torch.Tensor, float
+        float32 ``[row]`` and a constant, see `dynamo_kvtc.codec.importance`.
+    variances, total_variance : torch.Tensor, float
+        As of `FittedSide`, in the metric's space.
+    plans : Mapping[int, RdPlan]
+        Plan by plan id.
+    errors : Mapping[int, tuple[float, ...]]
+        Relative squared error of each layer of the group, by plan id.
+    """
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    metric: torch.Tensor
+    importance: torch.Tensor
+    importance_bias: float
+    variances: torch.Tensor
+    total_variance: float
+    plans: Mapping[int, RdPlan]
+    errors: Mapping[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class MeasuredPlan:
+    """What the streams of one plan do, measured on documents that took no part in the fit.
+
+    Attributes
+    ----------
+    ratio : float
+        16-bit bytes in over all bytes out.
+    kl : float
+        Next-token divergence from the uncompressed cache, in nats.
+    top1 : float
+        Share of tokens whose most likely next token is the same, 0 to 1.
+    tokens : int, optional
+        How many tokens were scored.
+    """
+
+    ratio: float
+    kl: float
+    top1: float
+    tokens: int | None = None
+
+
+#: What calibration found for a side, by profile.
+AnyFittedSide = FittedSide | FittedRdSide
+
+
 def write_artifact(
     folder: Path,
     *,
     fingerprint: ModelFingerprint,
     layer_groups: Sequence[LayerRange],
-    sides: Sequence[tuple[FittedSide, FittedSide]],
+    sides: Sequence[tuple[AnyFittedSide, AnyFittedSide]],
     ratios: Mapping[int, float],
     calibration: CalibrationRecord,
+    measured: Mapping[int, MeasuredPlan] | None = None,
 ) -> Artifact:
     """Write an artifact; the folder holds a valid one only once everything is on disk.
 
@@ -79,27 +142,47 @@ def write_artifact(
         The calibrated model.
     layer_groups : Sequence[LayerRange]
         Layer groups in order.
-    sides : Sequence[tuple[FittedSide, FittedSide]]
-        Keys and values of each layer group.
+    sides : Sequence[tuple[AnyFittedSide, AnyFittedSide]]
+        Keys and values of each layer group, all of one type; the artifact's profile follows from it.
     ratios : Mapping[int, float]
         Nominal ratio by plan id.
     calibration : CalibrationRecord
         What the artifact was calibrated on.
+    measured : Mapping[int, MeasuredPlan], optional
+        What was measured with each plan, by plan id.
 
     Returns
     -------
     Artifact
         The artifact as `load_artifact` reads it back.
+
+    Raises
+    ------
+    CalibrationError
+        If something was measured with a plan that is not written.
+    ArtifactFormatError
+        If what was written is no valid artifact.
     """
+    measured = measured or {}
+    if unknown := measured.keys() - ratios.keys():
+        raise CalibrationError(f"measured with plans that are not written: {sorted(unknown)}")
     tensors = save_tensors(_named_tensors(sides))
     geometry = fingerprint.geometry
     draft = Manifest(
         id="0" * 64,
+        profile="rd" if isinstance(sides[0][0], FittedRdSide) else "kvtc",
         tool_version=__version__,
         model=_model_manifest(fingerprint),
         head_shard=HeadShard(first=0, count=geometry.num_kv_heads, total=geometry.num_kv_heads),
         calibration=calibration,
-        ratios=[RatioManifest(plan_id=plan_id, ratio=ratio) for plan_id, ratio in ratios.items()],
+        ratios=[
+            RatioManifest(
+                plan_id=plan_id,
+                ratio=ratio,
+                measured=MeasuredManifest(**asdict(measured[plan_id])) if plan_id in measured else None,
+            )
+            for plan_id, ratio in ratios.items()
+        ],
         groups=[
             GroupManifest(
                 first_layer=layers.first,
@@ -133,13 +216,25 @@ def write_artifact(
     return load_artifact(folder)
 
 
-def _named_tensors(sides: Sequence[tuple[FittedSide, FittedSide]]) -> dict[str, torch.Tensor]:
+def _named_tensors(sides: Sequence[tuple[AnyFittedSide, AnyFittedSide]]) -> dict[str, torch.Tensor]:
     return {
-        f"{group}.{name}.{kind}": tensor.contiguous()
+        f"{group}.{name}.{kind}": tensor
         for group, pair in enumerate(sides)
         for name, side in zip(("keys", "values"), pair, strict=True)
-        for kind, tensor in (("mean", side.mean), ("basis", side.basis), ("variances", side.variances))
+        for kind, tensor in _tensors(side).items()
     }
+
+
+def _tensors(side: AnyFittedSide) -> dict[str, torch.Tensor]:
+    tensors = {"mean": side.mean, "basis": side.basis, "variances": side.variances}
+    if isinstance(side, FittedRdSide):
+        tensors |= {"metric": side.metric, "importance": side.importance}
+        for plan_id, plan in side.plans.items():
+            tensors[f"plans.{plan_id}.components"] = plan.components.int()
+            # Copied, since safetensors refuses tensors that plans share.
+            tensors[f"plans.{plan_id}.rounding"] = plan.rounding.clone()
+            tensors[f"plans.{plan_id}.offsets"] = plan.offsets.clone()
+    return {kind: tensor.contiguous() for kind, tensor in tensors.items()}
 
 
 def _model_manifest(fingerprint: ModelFingerprint) -> ModelManifest:
@@ -155,11 +250,24 @@ def _model_manifest(fingerprint: ModelFingerprint) -> ModelManifest:
     )
 
 
-def _side_manifest(side: FittedSide) -> SideManifest:
+def _side_manifest(side: AnyFittedSide) -> SideManifest | RdSideManifest:
+    rank = side.basis.shape[0]
+    explained_variance = float(side.variances.sum(dtype=torch.float64)) / side.total_variance
+    if isinstance(side, FittedRdSide):
+        return RdSideManifest(
+            rank=rank,
+            total_variance=side.total_variance,
+            explained_variance=explained_variance,
+            importance_bias=side.importance_bias,
+            plans=[
+                RdPlanManifest(plan_id=plan_id, step=plan.step, counts=plan.counts)
+                for plan_id, plan in side.plans.items()
+            ],
+        )
     return SideManifest(
-        rank=side.basis.shape[0],
+        rank=rank,
         total_variance=side.total_variance,
-        explained_variance=float(side.variances.sum(dtype=torch.float64)) / side.total_variance,
+        explained_variance=explained_variance,
         plans=[
             PlanManifest(
                 plan_id=plan_id,

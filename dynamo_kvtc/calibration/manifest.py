@@ -9,7 +9,14 @@ import json
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -18,10 +25,13 @@ __all__ = [
     "GroupManifest",
     "HeadShard",
     "Manifest",
+    "MeasuredManifest",
     "ModelManifest",
     "ParametersFile",
     "PlanManifest",
     "RatioManifest",
+    "RdPlanManifest",
+    "RdSideManifest",
     "SideManifest",
 ]
 
@@ -37,10 +47,17 @@ _Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Ratio = Annotated[float, Field(gt=1, le=4096, allow_inf_nan=False)]
 _PlanId = Annotated[int, Field(ge=0, le=255)]
 _Dimension = Annotated[int, Field(ge=1, le=4096)]
+_Components = Annotated[int, Field(ge=0, le=_MAXIMUM_ROW)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that an artifact written before an optional part was invented keeps its content id.
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class HeadShard(_Strict):
@@ -64,7 +81,12 @@ class ModelManifest(_Strict):
 
 
 class CalibrationRecord(_Strict):
-    """What the artifact was calibrated on and how."""
+    """What the artifact was calibrated on and how.
+
+    With the rd profile also: how many documents the sensitivity was taken from and how many tokens of
+    each were scored, whether it came from gradients or from forward passes only, and how many documents
+    the plans were measured on.
+    """
 
     text_digest: _Hash
     input_digest: _Hash
@@ -76,13 +98,27 @@ class CalibrationRecord(_Strict):
     recent_window: _Count
     method: Literal["eigh", "randomised"]
     seed: int
+    sensitivity_documents: _Count | None = None
+    scored_tokens: _Count | None = None
+    validation_documents: _Count | None = None
+    sensitivity: Literal["gradients", "forward"] | None = None
+
+
+class MeasuredManifest(_Strict):
+    """What a plan does to documents that took no part in the fit, by real streams."""
+
+    ratio: Annotated[float, Field(gt=0, le=4096, allow_inf_nan=False)]
+    kl: _Share
+    top1: Annotated[float, Field(ge=0, le=1)]
+    tokens: _Count | None = None
 
 
 class RatioManifest(_Strict):
-    """A nominal ratio and the id of its bit plans."""
+    """A nominal ratio, the id of its plans, and what was measured with them (rd only)."""
 
     plan_id: _PlanId
     ratio: _Ratio
+    measured: MeasuredManifest | None = None
 
 
 class PlanManifest(_Strict):
@@ -95,25 +131,46 @@ class PlanManifest(_Strict):
     ]
 
 
-class SideManifest(_Strict):
-    """Keys or values of one layer group.
+class RdPlanManifest(_Strict):
+    """What `dynamo_kvtc.codec.rd_plan.RdPlan` holds besides tensors.
+
+    `counts` gives the components of each symbol class; their sum is the length of the plan's tensors.
+    """
+
+    plan_id: _PlanId
+    step: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    counts: tuple[_Components, _Components, _Components, _Components]
+
+
+class _Side(_Strict):
+    rank: _Components
+    total_variance: _Share
+    explained_variance: _Share
+
+
+class SideManifest(_Side):
+    """Keys or values of one layer group, profile kvtc.
 
     `rank` counts the stored components, `total_variance` the variance of all, stored or not, per token.
     """
 
-    rank: Annotated[int, Field(ge=0, le=_MAXIMUM_ROW)]
-    total_variance: _Share
-    explained_variance: _Share
     plans: Annotated[list[PlanManifest], Field(min_length=1, max_length=256)]
 
 
+class RdSideManifest(_Side):
+    """Keys or values of one layer group, profile rd; variances are those in the metric's space."""
+
+    importance_bias: _Finite
+    plans: Annotated[list[RdPlanManifest], Field(min_length=1, max_length=256)]
+
+
 class GroupManifest(_Strict):
-    """One layer group."""
+    """One layer group; both sides are of the artifact's profile."""
 
     first_layer: _Count
     num_layers: _Dimension
-    keys: SideManifest
-    values: SideManifest
+    keys: SideManifest | RdSideManifest
+    values: SideManifest | RdSideManifest
 
 
 class ExpectedError(_Strict):
@@ -141,7 +198,7 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     id: _Hash
-    profile: Literal["kvtc"] = "kvtc"
+    profile: Literal["kvtc", "rd"] = "kvtc"
     tool_version: Annotated[str, Field(max_length=64)]
     model: ModelManifest
     head_shard: HeadShard
@@ -150,6 +207,15 @@ class Manifest(_Strict):
     groups: Annotated[list[GroupManifest], Field(min_length=1, max_length=4096)]
     expected_error: list[ExpectedError]
     parameters: ParametersFile
+
+    @model_validator(mode="after")
+    def _sides_are_of_the_profile(self) -> Manifest:
+        expected = RdSideManifest if self.profile == "rd" else SideManifest
+        if not all(
+            isinstance(side, expected) for group in self.groups for side in (group.keys, group.values)
+        ):
+            raise ValueError(f"the layer groups are not those of profile {self.profile}")
+        return self
 
     def content_id(self) -> str:
         """Return the hex BLAKE2b-256 over the canonical JSON of everything but the id.
