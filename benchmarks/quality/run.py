@@ -120,14 +120,16 @@ def _measure(
     on_step: Callable[[Step], None],
 ) -> Iterator[DocumentScore]:
     label = _label(model)
-    for name in request.tasks or request.plan.tasks_of(model):
-        documents = request.plan.tasks[name].documents(loaded.tokenizer)
+    for task in request.plan.tasks_of(model, request.tasks):
+        documents = task.documents(loaded.tokenizer)
         done, total = 0, len(documents) * len(codecs)
-        on_step(Step(f"{label}: {name}", done, total))
+        on_step(Step(f"{label}: {task.name}", done, total))
         for number, document in enumerate(documents):
-            for score in measure_document(loaded, document, codecs, model=label, task=name, number=number):
+            for score in measure_document(
+                loaded, document, codecs, model=label, task=task.name, number=number
+            ):
                 done += 1
-                on_step(Step(f"{label}: {name}", done, total))
+                on_step(Step(f"{label}: {task.name}", done, total))
                 yield score
 
 

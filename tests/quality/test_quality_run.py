@@ -53,7 +53,7 @@ def _run(model: str, request: RunRequest) -> list[DocumentScore]:
 
 
 def _request(artifact: Artifact, **changes: object) -> RunRequest:
-    plan = RunPlan(tasks={"text": _TEXT}, by_model={}, codecs=("none", "kvtc"))
+    plan = RunPlan(tasks={"text": _TEXT}, codecs=("none", "kvtc"))
     request = RunRequest(plan=plan, tier_block_tokens=64, artifacts={"kvtc": [artifact.folder]})
     return dataclasses.replace(request, **changes)  # type: ignore[arg-type]
 
@@ -125,7 +125,6 @@ def test_missing_artifacts_are_calibrated_once(
     monkeypatch.setenv("DYNAMO_KVTC_CACHE", str(tmp_path))
     plan = RunPlan(
         tasks={"text": _TEXT},
-        by_model={},
         codecs=("none", "kvtc"),
         calibration=CalibrationPlan(tokens=1200, document_tokens=400, ratios=(4.0,)),
     )
@@ -137,6 +136,15 @@ def test_missing_artifacts_are_calibrated_once(
     assert first["kvtc"].parameters.artifact_id == second["kvtc"].parameters.artifact_id
     assert manifest.stat().st_mtime_ns == written
     assert first["kvtc"].parameters.artifact_id != byte_artifact.parameters.artifact_id
+
+
+def test_models_get_the_tasks_they_solve_unless_others_are_asked_for() -> None:
+    assert [task.name for task in FULL.tasks_of("smollm2")] == ["text", "needle", "choice"]
+    assert [task.name for task in FULL.tasks_of("another")] == list(FULL.tasks)
+    [choice, retrieval] = FULL.tasks_of("smollm2", ["choice", "retrieval"])
+    assert isinstance(choice, ChoiceTask)
+    assert "copying" not in choice.kinds
+    assert retrieval is FULL.tasks["retrieval"]
 
 
 def test_names_are_checked_before_anything_is_loaded() -> None:
@@ -183,7 +191,7 @@ def test_the_demos_model_finds_needles_and_continues_examples() -> None:
         "choice": ChoiceTask(context_tokens=256, per_kind=1, probes=3, kinds=("category",)),
         "text": TextTask(per_domain=1, context_tokens=256, scored_tokens=16, domains=("dialogue",)),
     }
-    plan = RunPlan(tasks=tasks, by_model={}, codecs=("none", "int4", "int2", "rotation"))
+    plan = RunPlan(tasks=tasks, codecs=("none", "int4", "int2", "rotation"))
     scores = _run(BUILTIN_SMOLLM2, RunRequest(plan=plan))
     exact = [s for s in scores if s.setting == "exact"]
     assert [(s.task, s.correct) for s in exact if s.task != "text"] == [("needle", 1), ("choice", 3)]

@@ -9,7 +9,7 @@ from benchmarks.quality.tasks.retrieval import RetrievalTask
 from benchmarks.quality.tasks.text import TextTask
 from benchmarks.quality.tasks.tracking import TrackingTask
 
-__all__ = ["TASKS", "Document", "NeedleTask", "Probe", "Task", "TextTask"]
+__all__ = ["TASKS", "ChoiceTask", "Document", "NeedleTask", "Probe", "Task", "TextTask"]
 
 #: All tasks by name, with the sizes of a full run.
 TASKS: dict[str, Task] = {
