@@ -18,7 +18,7 @@ from dynamo_kvtc.codec.plan import BitPlan, PlanGroup, QuantType
 from dynamo_kvtc.codec.quantiser import simulate
 from dynamo_kvtc.errors import CalibrationError
 
-__all__ = ["fit_side", "load_side", "save_side"]
+__all__ = ["fit_side", "layer_errors", "load_side", "save_side"]
 
 
 def fit_side(
@@ -75,21 +75,25 @@ def fit_side(
         total_variance=basis.total_variance,
         plans=plans,
         errors={
-            plan_id: _layer_errors(centred, stored.float(), plan, layers) for plan_id, plan in plans.items()
+            plan_id: layer_errors(centred, _decode(centred, stored.float(), plan), layers)
+            for plan_id, plan in plans.items()
         },
     )
 
 
-def _layer_errors(
-    centred: torch.Tensor, basis: torch.Tensor, plan: BitPlan, layers: int
-) -> tuple[float, ...]:
-    """Return each layer's squared error over its squared size, after quantisation by `plan`."""
+def _decode(centred: torch.Tensor, basis: torch.Tensor, plan: BitPlan) -> torch.Tensor:
+    """Return what centred rows decode to after quantisation by `plan`."""
     coefficients = centred @ basis[: plan.rank].T
     decoded = torch.zeros_like(coefficients)
     for group in plan.groups:
         part = slice(group.start, group.stop)
         decoded[:, part] = simulate(coefficients[:, part], group.type)
-    missed = (decoded @ basis[: plan.rank]).sub_(centred)
+    return decoded @ basis[: plan.rank]
+
+
+def layer_errors(centred: torch.Tensor, decoded: torch.Tensor, layers: int) -> tuple[float, ...]:
+    """Return each layer's squared error over its squared size; rows ``[tokens, row]``, both centred."""
+    missed = decoded - centred
     errors = _layer_energy(missed, layers) / _layer_energy(centred, layers).clamp_min(1e-30)
     return tuple(errors.tolist())
 

@@ -111,7 +111,7 @@ class KvStatistics:
         *,
         rows_per_document: int,
         sample_every: int = 1,
-        prepare: Prepare = lambda _group, _side, rows: (rows, None),
+        prepare: Prepare | None = None,
     ) -> None:
         self.geometry = geometry
         self._prepare = prepare
@@ -141,7 +141,10 @@ class KvStatistics:
         """
         for side, rows in zip(SIDES, (keys, values), strict=True):
             for group, layers in enumerate(self.groups):
-                self._moments[group, side].update(*self._prepare(group, side, rows[:, self._columns(layers)]))
+                part, weights = rows[:, self._columns(layers)], None
+                if self._prepare is not None:
+                    part, weights = self._prepare(group, side, part)
+                self._moments[group, side].update(part, weights)
             if self.documents % self.sample_every == 0:
                 taken = min(self.rows_per_document, rows.shape[0])
                 chosen = torch.arange(taken) * rows.shape[0] // max(1, taken)
