@@ -120,7 +120,8 @@ def forward_only_sensitivity(
 
     The document is cut as by `dynamo_kvtc.calibration.sensitivity_capture.capture_sensitivity`. Besides
     the passes it costs ``2 * layers * query heads * scored * coded * head_size**2`` operations, since every
-    query is turned into the frame of every coded key; where that is too much, score fewer tokens.
+    query is turned into the frame of every coded key; memory holds one layer's attention, a few times
+    ``4 * query heads * scored * tokens`` bytes. Where either is too much, score fewer tokens.
 
     Attention is computed once more from the cache and from what forward hooks see at ``q_proj`` (or
     ``q_norm``), ``o_proj`` and ``post_attention_layernorm``, as Llama, Mistral, Qwen2 and Qwen3 have them
@@ -285,9 +286,11 @@ def _check_agreement(loaded: LoadedModel, ours: torch.Tensor, models: torch.Tens
     dtype = loaded.geometry.dtype
     if not models.isfinite().all():
         raise CalibrationError(f"the model's attention in {dtype} holds NaN or infinity; load it in float32")
-    difference = float((ours.float() - models.float()).norm() / models.float().norm())
-    if difference > _AGREEMENT[dtype]:
-        raise _unknown_attention(loaded, f"{what} differs by {difference:.1%} from softmax attention")
+    size = float(models.float().norm())
+    difference = float((ours.float() - models.float()).norm())
+    if not difference <= _AGREEMENT[dtype] * size:  # written so that NaN is refused, too
+        share = f" by {difference / size:.1%}" if size else ""
+        raise _unknown_attention(loaded, f"{what} differs{share} from softmax attention")
 
 
 def _squared_distances(left: torch.Tensor, right: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
