@@ -2,22 +2,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 
 import pytest
 import torch
 
-from dynamo_kvtc.calibration import run
+from dynamo_kvtc.calibration import run, stages
 from dynamo_kvtc.calibration.allocate import budget_bits
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.capture import capture_rows
 from dynamo_kvtc.calibration.fit import FitMethod
 from dynamo_kvtc.calibration.models import load_model
 from dynamo_kvtc.calibration.run import calibrate
-from dynamo_kvtc.calibration.settings import CalibrationSettings, split_layers
+from dynamo_kvtc.calibration.settings import (
+    CalibrationSettings,
+    default_layers_per_group,
+    digest_inputs,
+    split_layers,
+)
 from dynamo_kvtc.codec.base import TierBlock
-from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.errors import CalibrationError, CalibrationStoppedError
 
@@ -154,13 +160,12 @@ def test_a_ratio_that_leaves_nothing_is_refused(settings):
 
 def test_statistics_beyond_the_memory_are_refused_at_once():
     with pytest.raises(CalibrationError, match="--layers-per-group"):
-        run._check_memory([1 << 20])
+        stages.check_memory([1 << 20])
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"ratios": ()},
         {"ratios": (1.0,)},
         {"ratios": (8.0, 8.0)},
         {"layers_per_group": 0},
@@ -234,5 +239,55 @@ def test_the_real_model_is_captured_as_its_fingerprint_says():
     assert loaded.tokenizer.decode(answer).strip() == "Rome"
 
 
-def test_defaults_are_valid(tmp_path):
-    assert CalibrationSettings(model="m", texts=(), out=tmp_path).plan_ratios == {0: 8.0, 1: 16.0, 2: 32.0}
+def test_the_defaults_follow_the_profile(tmp_path):
+    rd = CalibrationSettings(model="m", texts=(), out=tmp_path)
+    kvtc = dataclasses.replace(rd, profile="kvtc", ratios=())
+    assert (rd.profile, rd.ratios) == ("rd", (10.0, 20.0, 40.0, 80.0))
+    assert kvtc.plan_ratios == {0: 8.0, 1: 16.0, 2: 32.0}
+    small = KvGeometry(num_layers=30, num_kv_heads=3, head_size=64)
+    large = KvGeometry(num_layers=32, num_kv_heads=8, head_size=128)
+    assert rd.layer_groups(small) == (LayerRange(0, 30),)
+    assert rd.layer_groups(large) == tuple(LayerRange(first, 8) for first in (0, 8, 16, 24))
+    assert kvtc.layer_groups(small) == tuple(LayerRange(first, 10) for first in (0, 10, 20))
+    assert default_layers_per_group("kvtc", KvGeometry(4, 1, 8)) == 4
+    assert default_layers_per_group("rd", KvGeometry(2, 1, 4096)) == 2
+    assert default_layers_per_group("rd", KvGeometry(2, 64, 256)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"profile": "zip"}, "rd, kvtc"),
+        ({"profile": "kvtc", "max_kls": (0.004,)}, "measures no divergences"),
+        ({"max_kls": (0.0,)}, "must be positive"),
+        ({"max_kls": (0.1, 0.1)}, "none may stand twice"),
+        ({"validation_documents": 0}, "at least one validation document"),
+        ({"sensitivity_documents": 0}, "at least one"),
+        ({"scored_tokens": 0}, "one scored token"),
+        ({"sensitivity": "guess"}, "gradients, forward"),
+        ({"document_tokens": 516}, "more than 516"),
+        ({"ratios": (math.nan,)}, "above 1"),
+        ({"ratios": tuple(range(2, 200)), "max_kls": tuple(range(1, 60))}, "256 plans"),
+    ],
+)
+def test_contradictory_settings_of_rd_are_refused(tmp_path, change, says):
+    with pytest.raises(CalibrationError, match=says):
+        CalibrationSettings(model="m", texts=(), out=tmp_path, **change)
+
+
+def test_every_setting_of_rd_is_part_of_the_digest(tiny_model, texts, tmp_path):
+    base = CalibrationSettings(model=str(tiny_model), texts=texts, out=tmp_path)
+    changes = [
+        {"profile": "kvtc", "ratios": (10.0,)},
+        {"ratios": (10.0,)},
+        {"max_kls": (0.01,)},
+        {"validation_documents": 3},
+        {"sensitivity_documents": 3},
+        {"scored_tokens": 3},
+        {"sensitivity": "forward"},
+        {"layers_per_group": 2},
+    ]
+    digests = [
+        digest_inputs(dataclasses.replace(base, **change), tiny_model).everything for change in [{}, *changes]
+    ]
+    assert len(set(digests)) == len(digests)
