@@ -102,8 +102,10 @@ class Section:
     chunks: Sequence[EncodedChunk]
 
 
-def encode_chunk(plain: Buffer, coder: EntropyCoder) -> EncodedChunk:
+def encode_chunk(plain: Buffer, coder: EntropyCoder, runs: Sequence[int] = ()) -> EncodedChunk:
     """Encode one chunk, or store it as it is where the coder does not make it smaller.
+
+    `runs` are as `EntropyCoder.encode_runs` takes them; none mean one.
 
     Raises
     ------
@@ -111,7 +113,7 @@ def encode_chunk(plain: Buffer, coder: EntropyCoder) -> EncodedChunk:
         If `plain` is longer than the coder's chunks may be.
     """
     if coder.coder_id != STORE:
-        data = coder.encode(plain)
+        data = coder.encode_runs(plain, runs or (len(plain),))
         if len(data) < len(plain):
             return EncodedChunk(coder.coder_id, len(plain), data)
     return EncodedChunk(STORE, len(plain), plain)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from isal import isal_zlib
@@ -30,6 +32,7 @@ __all__ = [
     "Buffer",
     "DeflateCoder",
     "EntropyCoder",
+    "HuffmanCoder",
     "StoreCoder",
     "find_coder",
     "register_coder",
@@ -57,6 +60,9 @@ ENTRY_POINT_GROUP = "dynamo_kvtc.entropy_coders"
 # zlib's way to ask for raw DEFLATE with a window of 2**15, the largest, or 2**9 bytes.
 _RAW_WINDOW_MAX = -15
 _RAW_WINDOW_MIN = -9
+
+# zlib's largest memory level: a Huffman code for up to 32,768 symbols.
+_MEM_LEVEL_MAX = 9
 
 #: Bytes of any kind, contiguous.
 Buffer = bytes | bytearray | memoryview
@@ -88,6 +94,16 @@ class EntropyCoder(ABC):
         SizeLimitError
             If `plain` is longer than `max_plain_size`.
         """
+
+    def encode_runs(self, plain: Buffer, runs: Sequence[int]) -> bytes:
+        """Encode one chunk of several runs of alike statistics; by default as if it were one run.
+
+        Parameters
+        ----------
+        runs : Sequence[int]
+            Sizes of the runs in bytes; the first one is shorter where `plain` is shorter than their sum.
+        """
+        return self.encode(plain)
 
     @abstractmethod
     def decode(self, data: Buffer, plain_size: int) -> bytes:
@@ -174,6 +190,33 @@ class DeflateCoder(EntropyCoder):
     def max_encoded_size(self, plain_size: int) -> int:
         """Return the plain size plus the worst case of one block's Huffman tables and 9-bit literals."""
         return plain_size + plain_size // 8 + 64
+
+
+class HuffmanCoder(DeflateCoder):
+    """DEFLATE for symbols of the rd profile: Huffman codes of their own for each run, no search.
+
+    Looking for repetitions loses 5 % on such symbols (`docs/science.md`), except where most bytes are
+    zero; there, runs of zeros are shortened. `DeflateCoder` decodes its chunks.
+    """
+
+    name = "deflate (Huffman codes)"
+
+    def encode(self, plain: Buffer) -> bytes:
+        """Encode one chunk as one run."""
+        return self.encode_runs(plain, (len(plain),))
+
+    def encode_runs(self, plain: Buffer, runs: Sequence[int]) -> bytes:
+        """Encode one chunk; a DEFLATE block ends with each run."""
+        self._check_plain(plain)
+        mostly_zeros = 2 * bytes(plain).count(0) > len(plain)
+        strategy = zlib.Z_RLE if mostly_zeros else zlib.Z_HUFFMAN_ONLY
+        deflate = zlib.compressobj(1, zlib.DEFLATED, _RAW_WINDOW_MIN, _MEM_LEVEL_MAX, strategy)
+        view, coded = memoryview(plain), []
+        stop = len(view) - sum(runs)
+        for size in runs[:-1]:
+            start, stop = stop, stop + size
+            coded += [deflate.compress(view[max(start, 0) : stop]), deflate.flush(zlib.Z_BLOCK)]
+        return b"".join([*coded, deflate.compress(view[max(stop, 0) :]), deflate.flush()])
 
 
 _lock = threading.Lock()

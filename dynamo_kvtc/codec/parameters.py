@@ -62,6 +62,14 @@ class SideParameters:
         if rank > self.basis.shape[0]:
             raise ArtifactFormatError(f"a plan reaches component {rank}, the basis has {self.basis.shape[0]}")
 
+    def analysis(self, components: torch.Tensor) -> torch.Tensor:
+        """Return the weights of encoding, float32 ``[len(components), row]``."""
+        return self.basis[components]
+
+    def synthesis(self, components: torch.Tensor) -> torch.Tensor:
+        """Return the weights of decoding, float32 ``[len(components), row]``."""
+        return self.basis[components]
+
 
 @dataclass(frozen=True, eq=False)
 class RdSideParameters:
@@ -111,6 +119,18 @@ class RdSideParameters:
         rank = max((plan.rank for plan in self.plans.values()), default=0)
         if rank > self.basis.shape[0]:
             raise ArtifactFormatError(f"a plan reaches component {rank}, the basis has {self.basis.shape[0]}")
+
+    def analysis(self, components: torch.Tensor) -> torch.Tensor:
+        """Return the weights of encoding, float32 ``[len(components), row]``."""
+        return self._times_blocks(components, self.metric)
+
+    def synthesis(self, components: torch.Tensor) -> torch.Tensor:
+        """Return the weights of decoding, float32 ``[len(components), row]``."""
+        return self._times_blocks(components, torch.linalg.inv(self.metric.double()).float())
+
+    def _times_blocks(self, components: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        heads = self.basis[components].view(-1, *blocks.shape[:2])
+        return torch.einsum("chd,hde->che", heads, blocks).flatten(1)
 
 
 SideT = TypeVar("SideT", bound=SideParameters | RdSideParameters)

@@ -1,73 +1,68 @@
-"""One side of one layer group under one bit plan: rows of keys or values to payload bytes and back."""
+"""One side of one layer group under one plan: what a profile provides to `TransformCodec`."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dynamo_kvtc.codec.packing import SectionLayout, pack, unpack
-from dynamo_kvtc.codec.parameters import SideParameters
-from dynamo_kvtc.codec.quantiser import PlanQuantiser
 from dynamo_kvtc.codec.transform import SideTransform
-from dynamo_kvtc.errors import EncodeRangeError
 
-__all__ = ["SideCodec"]
+__all__ = ["Chunks", "SideCodec"]
+
+#: Plain sizes of the chunks of a section, each divided into runs: bytes of alike statistics.
+Chunks = Sequence[Sequence[int]]
 
 
-class SideCodec:
-    """Strings transform, quantiser and packing together.
+class SideCodec(ABC):
+    """Rows of keys or values to payload bytes and back.
 
     Parameters
     ----------
-    side : SideParameters
-        Mean, basis and plans.
-    plan_id : int
-        The plan to follow.
-    layer_size : int
-        Elements of one layer in a row.
-    dtype : torch.dtype
-        dtype of the products.
-
-    Attributes
-    ----------
-    layout : SectionLayout
-        Sizes of the payload and its chunks.
+    transform : SideTransform
+        Rows to coefficients and back.
     """
 
-    def __init__(self, side: SideParameters, plan_id: int, layer_size: int, dtype: torch.dtype) -> None:
-        self._quantiser = PlanQuantiser(side.plans[plan_id])
-        self._transform = SideTransform(side, self._quantiser.components, layer_size, dtype)
-        self.layout = SectionLayout.of(self._quantiser)
+    def __init__(self, transform: SideTransform) -> None:
+        self._transform = transform
 
     def warm_up(self) -> None:
         """Make ready what the first `encode` and `reconstruct` would otherwise wait for."""
         self._transform.warm_up()
 
+    @abstractmethod
+    def max_chunks(self, tokens: int) -> Chunks:
+        """Return the chunks that a payload of some coded tokens is cut into, none of them of size 0.
+
+        A payload may be smaller than their sum; its first chunk is smaller then.
+        """
+
+    @abstractmethod
+    def payload_bounds(self, tokens: int) -> tuple[int, int]:
+        """Return the least and the most bytes of a payload of some coded tokens."""
+
+    @abstractmethod
     def encode(self, rows: torch.Tensor) -> NDArray[np.uint8]:
         """Return the payload of float32 rows ``[tokens, row]``.
 
         Raises
         ------
         EncodeRangeError
-            If the rows hold NaN, infinity, or coefficients that the side data cannot carry.
+            If the rows hold NaN, infinity, or what the payload cannot carry.
         """
-        # A plan without groups leaves no side data whose range could be checked.
-        if not self.layout.num_groups and not torch.isfinite(rows).all():
-            raise EncodeRangeError("the KV holds NaN or infinity; keep this block raw")
-        return pack(self._quantiser.quantise(self._transform.forward(rows)))
 
+    @abstractmethod
     def decode(self, payload: NDArray[np.uint8], tokens: int) -> torch.Tensor:
         """Return the coefficients of a payload, ``[tokens, stored]`` in the compute dtype.
 
         Raises
         ------
         BitstreamError
-            The subclasses that `dynamo_kvtc.codec.packing.unpack` raises.
+            The subclass that names what is wrong with the payload.
         """
-        section = unpack(payload, self.layout, tokens)
-        # Turned once here, each layer's product is half as long again faster.
-        return self._quantiser.dequantise(section, self._transform.dtype).t().contiguous()
 
     def reconstruct(self, coefficients: torch.Tensor, layer: int) -> torch.Tensor:
         """Return one layer of the group, float32 ``[tokens, layer_size]``, from `decode`'s result."""

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from dynamo_kvtc.codec.parameters import SideParameters
+from dynamo_kvtc.codec.parameters import RdSideParameters, SideParameters
 
 __all__ = ["COMPUTE_DTYPES", "SideTransform", "resolve_compute_dtype"]
 
@@ -49,8 +49,8 @@ class SideTransform:
 
     Parameters
     ----------
-    side : SideParameters
-        Mean and basis.
+    side : SideParameters or RdSideParameters
+        Mean, and weights of both directions.
     components : torch.Tensor
         int64 ``[stored]``: the component of each coefficient row.
     layer_size : int
@@ -60,7 +60,11 @@ class SideTransform:
     """
 
     def __init__(
-        self, side: SideParameters, components: torch.Tensor, layer_size: int, dtype: torch.dtype
+        self,
+        side: SideParameters | RdSideParameters,
+        components: torch.Tensor,
+        layer_size: int,
+        dtype: torch.dtype,
     ) -> None:
         self._side = side
         self._components = components
@@ -116,11 +120,11 @@ class SideTransform:
     @cached_property
     def _forward_weights(self) -> torch.Tensor:
         """``[stored, row]``, one row per component."""
-        return self._side.basis[self._components].to(self._dtype)
+        return self._side.analysis(self._components).to(self._dtype)
 
     @cached_property
     def _inverse_weights(self) -> torch.Tensor:
         """``[layers, stored, layer_size]``: what one layer needs lies together."""
-        weights = self._side.basis[self._components].to(self._dtype)
+        weights = self._side.synthesis(self._components).to(self._dtype)
         stored = weights.shape[0]
         return weights.view(stored, len(self._layer_means), self._layer_size).transpose(0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""Parameters and KV made up for tests of the kvtc profile: random bases, random valid plans."""
+"""Parameters and KV made up for tests of the kvtc and rd profiles: random bases, random valid plans."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import torch
 
 from dynamo_kvtc.codec.base import TierBlock
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
-from dynamo_kvtc.codec.parameters import CodecParameters, GroupParameters, SideParameters
+from dynamo_kvtc.codec.header import Profile
+from dynamo_kvtc.codec.parameters import (
+    AnyParameters,
+    CodecParameters,
+    GroupParameters,
+    KvtcParameters,
+    RdParameters,
+    RdSideParameters,
+    SideParameters,
+)
 from dynamo_kvtc.codec.plan import GROUP_SIZES, BitPlan, PlanGroup, QuantType
+from dynamo_kvtc.codec.rd_plan import RdPlan
 from dynamo_kvtc.codec.rope import RopeParameters
 
 STORED = (QuantType.INT2, QuantType.INT4, QuantType.FP8)
@@ -61,7 +71,7 @@ def make_parameters(
     ratios: Sequence[float] = (8.0,),
     plans: str = "falling",
     seed: int = 0,
-) -> CodecParameters:
+) -> KvtcParameters:
     """Codec parameters with random bases; `plans` is "falling" or "random"."""
     generator = torch.Generator().manual_seed(seed)
     borders = [geometry.num_layers * i // groups for i in range(groups + 1)]
@@ -89,8 +99,58 @@ def make_parameters(
     return CodecParameters(bytes(range(32)), geometry, rope, tuple(parts), nominal)
 
 
+def random_rd_plan(components: int, step: float, generator: torch.Generator) -> RdPlan:
+    """A valid plan of all classes, large coefficients in the wide ones, that leaves some components out."""
+    stored = torch.randperm(components, generator=generator)[: max(1, components * 9 // 10)].sort().values
+    borders = [0, *(stored.numel() * share // 16 for share in (1, 4, 10)), stored.numel()]
+    return RdPlan(
+        step=step,
+        components=stored,
+        counts=tuple(stop - start for start, stop in pairwise(borders)),
+        rounding=0.2 + 0.3 * torch.rand(stored.numel(), generator=generator),
+        offsets=0.2 * torch.rand(2, stored.numel(), generator=generator) - 0.1,
+    )
+
+
+def make_rd_parameters(
+    geometry: KvGeometry,
+    *,
+    groups: int = 1,
+    rope: RopeParameters | None = None,
+    steps: Sequence[float] = (0.5,),
+    seed: int = 0,
+) -> RdParameters:
+    """Parameters of the rd profile; the plan of a step has ten times the step as its ratio and its KL."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = make_parameters(geometry, groups=groups, rope=rope, seed=seed)
+
+    def side(row: int) -> RdSideParameters:
+        size = geometry.head_size
+        root = torch.eye(size) + 0.3 * torch.randn(row // size, size, size, generator=generator) / size**0.5
+        components = max(1, row * 3 // 4)
+        return RdSideParameters(
+            mean=3 * torch.randn(row, generator=generator),
+            basis=orthonormal_basis(components, row, generator),
+            metric=root @ root.transpose(1, 2),
+            importance=torch.randn(row, generator=generator) / row**0.5,
+            importance_bias=0.5,
+            plans={
+                plan_id: random_rd_plan(components, step, generator) for plan_id, step in enumerate(steps, 1)
+            },
+        )
+
+    parts = []
+    for group in plain.groups:
+        row = group.layers.count * geometry.layer_size
+        parts.append(GroupParameters(group.layers, side(row), side(row)))
+    nominal = {plan_id: 10 * step for plan_id, step in enumerate(steps, 1)}
+    return CodecParameters(
+        plain.artifact_id, geometry, plain.rope, tuple(parts), nominal, nominal, Profile.RD
+    )
+
+
 def make_block(
-    parameters: CodecParameters,
+    parameters: AnyParameters,
     tokens: int,
     *,
     first_position: int = 0,
@@ -105,10 +165,11 @@ def make_block(
     for name in ("keys", "values"):
         rows = []
         for group in parameters.groups:
-            side: SideParameters = getattr(group, name)
+            side = getattr(group, name)
             rank = side.basis.shape[0]
+            weights = side.synthesis(torch.arange(rank))
             spectrum = 4.0 / (1 + torch.arange(rank)) ** 0.5
-            rows.append(torch.randn(tokens, rank, generator=generator) * spectrum @ side.basis + side.mean)
+            rows.append(torch.randn(tokens, rank, generator=generator) * spectrum @ weights + side.mean)
         sides.append(torch.cat(rows, dim=1).view(tokens, geometry.num_layers, geometry.num_kv_heads, -1))
     keys, values = (side + noise * torch.randn(side.shape, generator=generator) for side in sides)
     positions = torch.arange(first_position, first_position + tokens)
