@@ -89,6 +89,7 @@ def _calibrated(
         model=str(folder),
         texts=tuple(domain.calibration for domain in DOMAINS.values()),
         out=cache_folder() / "quality" / name,
+        profile=profile,
         tokens=plan.tokens,
         document_tokens=plan.document_tokens,
         ratios=plan.ratios,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -149,7 +150,7 @@ def write_artifact(
     calibration : CalibrationRecord
         What the artifact was calibrated on.
     measured : Mapping[int, MeasuredPlan], optional
-        What was measured with each plan, by plan id.
+        What was measured with each plan, by plan id; for profile rd.
 
     Returns
     -------
@@ -159,18 +160,21 @@ def write_artifact(
     Raises
     ------
     CalibrationError
-        If something was measured with a plan that is not written.
+        If not all plans of profile rd were measured, or any of kvtc.
     ArtifactFormatError
         If what was written is no valid artifact.
     """
     measured = measured or {}
-    if unknown := measured.keys() - ratios.keys():
-        raise CalibrationError(f"measured with plans that are not written: {sorted(unknown)}")
+    profile: Literal["rd", "kvtc"] = "rd" if isinstance(sides[0][0], FittedRdSide) else "kvtc"
+    if measured.keys() != (ratios.keys() if profile == "rd" else set()):
+        raise CalibrationError(
+            f"plans {sorted(ratios)} of profile {profile} are written, plans {sorted(measured)} were measured"
+        )
     tensors = save_tensors(_named_tensors(sides))
     geometry = fingerprint.geometry
     draft = Manifest(
         id="0" * 64,
-        profile="rd" if isinstance(sides[0][0], FittedRdSide) else "kvtc",
+        profile=profile,
         tool_version=__version__,
         model=_model_manifest(fingerprint),
         head_shard=HeadShard(first=0, count=geometry.num_kv_heads, total=geometry.num_kv_heads),

@@ -10,7 +10,7 @@ from dynamo_kvtc.calibration.artifact_writer import FittedSide, write_artifact
 from dynamo_kvtc.calibration.capture import SINK_TOKENS
 from dynamo_kvtc.calibration.manifest import CalibrationRecord
 from dynamo_kvtc.calibration.report import write_report
-from dynamo_kvtc.calibration.settings import CalibrationSettings, split_layers
+from dynamo_kvtc.calibration.settings import CalibrationSettings
 from dynamo_kvtc.calibration.sides import fit_side, load_side, save_side
 from dynamo_kvtc.calibration.stages import Calibration, Progress, check_memory
 from dynamo_kvtc.calibration.statistics import SIDES, KvStatistics
@@ -25,7 +25,7 @@ class KvtcCalibration(Calibration):
     def run(self) -> Artifact:
         """Calibrate and write the artifact and its report."""
         settings, geometry = self.settings, self.loaded.geometry
-        groups = split_layers(geometry.num_layers, settings.layers_per_group)
+        groups = settings.layer_groups(geometry)
         rows = [layers.count * geometry.layer_size for layers in groups]
         check_memory(rows)
         documents = self.documents()

@@ -209,12 +209,13 @@ class Manifest(_Strict):
     parameters: ParametersFile
 
     @model_validator(mode="after")
-    def _sides_are_of_the_profile(self) -> Manifest:
+    def _parts_are_of_the_profile(self) -> Manifest:
         expected = RdSideManifest if self.profile == "rd" else SideManifest
-        if not all(
-            isinstance(side, expected) for group in self.groups for side in (group.keys, group.values)
-        ):
+        sides = [side for group in self.groups for side in (group.keys, group.values)]
+        if not all(isinstance(side, expected) for side in sides):
             raise ValueError(f"the layer groups are not those of profile {self.profile}")
+        if self.profile == "rd" and not all(entry.measured for entry in self.ratios):
+            raise ValueError("with profile rd every plan has been measured")
         return self
 
     def content_id(self) -> str:

@@ -16,7 +16,6 @@ from dynamo_kvtc.calibration.rd_plans import FittedPlan
 from dynamo_kvtc.calibration.rd_search import PlanSearch, Rung
 from dynamo_kvtc.calibration.report import write_report
 from dynamo_kvtc.calibration.sensitivity_stage import SensitivityStage
-from dynamo_kvtc.calibration.settings import split_layers
 from dynamo_kvtc.calibration.sides import layer_errors
 from dynamo_kvtc.calibration.stages import Calibration, Progress, check_memory
 from dynamo_kvtc.calibration.statistics import SIDES, KvStatistics
@@ -44,7 +43,7 @@ class RdCalibration(Calibration):
     def run(self) -> Artifact:
         """Calibrate and write the artifact and its report."""
         settings, geometry = self.settings, self.loaded.geometry
-        groups = split_layers(geometry.num_layers, settings.layers_per_group)
+        groups = settings.layer_groups(geometry)
         rows = [layers.count * geometry.layer_size for layers in groups]
         check_memory(rows)
         documents = self.documents()

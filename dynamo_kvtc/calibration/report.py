@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.statistics import SIDES
-from dynamo_kvtc.codec.parameters import SideParameters
 from dynamo_kvtc.codec.plan import BitPlan, QuantType
+from dynamo_kvtc.codec.rd_plan import RdPlan, SymbolClass
 
 __all__ = ["summarise", "write_report"]
 
@@ -26,14 +26,17 @@ def summarise(artifact: Artifact) -> dict[str, Any]:
     Returns
     -------
     dict[str, Any]
-        ``id``, ``model``, ``calibration`` as in ``artifact.json``; ``groups``: per layer group and side the
-        stored rank, the share of variance it explains and the number of components that hold 50, 90, 95
-        and 99 % of the variance (None if more than are stored); ``ratios``: per nominal ratio the bits per
-        token, components per type, and the expected relative squared error per layer and on average.
+        ``id``, ``profile``, ``tool_version``, ``model``, ``calibration`` as in ``artifact.json``;
+        ``groups``: per layer group and side the stored rank, the share of variance it explains and the number
+        of components that hold 50, 90, 95 and 99 % of the variance (None if more than are stored);
+        ``ratios``: per ratio the bits per token, components per type (kvtc) or class of symbols (rd), the
+        expected relative squared error per layer and on average, and ``measured``: what streams of rd
+        reached, None with kvtc.
     """
     manifest = artifact.manifest
     return {
         "id": manifest.id,
+        "profile": manifest.profile,
         "tool_version": manifest.tool_version,
         "model": manifest.model.model_dump(mode="json"),
         "calibration": manifest.calibration.model_dump(mode="json"),
@@ -51,7 +54,7 @@ def write_report(artifact: Artifact) -> None:
     (folder / "report.md").write_text(_markdown(summary, plotted))
 
 
-def _sides(artifact: Artifact, group: int) -> Iterator[tuple[str, SideParameters]]:
+def _sides(artifact: Artifact, group: int) -> Iterator[tuple[str, Any]]:
     parameters = artifact.parameters.groups[group]
     return zip(SIDES, (parameters.keys, parameters.values), strict=True)
 
@@ -76,24 +79,37 @@ def _components_for(explained: torch.Tensor, share: float) -> int | None:
 
 
 def _ratios(artifact: Artifact) -> Iterator[dict[str, Any]]:
+    parameters = artifact.parameters
+    measured = {entry.plan_id: entry.measured for entry in artifact.manifest.ratios}
     for expected in artifact.manifest.expected_error:
         plan_id = expected.plan_id
+        plans = [
+            {"first_layer": group.layers.first, "side": side, **_plan(side_parameters.plans[plan_id])}
+            for index, group in enumerate(parameters.groups)
+            for side, side_parameters in _sides(artifact, index)
+        ]
+        found = measured[plan_id]
+        if found is None:
+            bits_per_token = sum(plan["bits_per_token"] for plan in plans)
+        else:
+            bits_per_token = 8 * parameters.geometry.token_bytes_16bit / found.ratio
         yield {
             "plan_id": plan_id,
-            "ratio": artifact.parameters.ratios[plan_id],
+            "ratio": parameters.ratios[plan_id],
+            "bits_per_token": bits_per_token,
+            "measured": None if found is None else found.model_dump(mode="json"),
             "key_error": sum(expected.keys) / len(expected.keys),
             "value_error": sum(expected.values) / len(expected.values),
             "key_error_per_layer": expected.keys,
             "value_error_per_layer": expected.values,
-            "plans": [
-                {"first_layer": group.layers.first, "side": side, **_plan(parameters.plans[plan_id])}
-                for index, group in enumerate(artifact.parameters.groups)
-                for side, parameters in _sides(artifact, index)
-            ],
+            "plans": plans,
         }
 
 
-def _plan(plan: BitPlan) -> dict[str, Any]:
+def _plan(plan: BitPlan | RdPlan) -> dict[str, Any]:
+    if isinstance(plan, RdPlan):
+        components = {kind.name.lower(): plan.counts[kind] for kind in SymbolClass}
+        return {"step": plan.step, "rank": plan.rank, "components": components}
     components = {
         type_.name.lower(): sum(group.size for group in plan.groups if group.type is type_)
         for type_ in QuantType
@@ -115,7 +131,8 @@ def _markdown(summary: dict[str, Any], plotted: bool) -> str:
     layers = range(model["num_layers"])
     parts = [
         "# Calibration report",
-        f"Artifact `{summary['id']}`, made by dynamo-kvtc {summary['tool_version']}.",
+        f"Artifact `{summary['id']}`, profile {summary['profile']}, made by dynamo-kvtc "
+        f"{summary['tool_version']}.",
         f"Model: {model['architecture']}, {model['num_layers']} layers, {model['num_kv_heads']} KV heads of "
         f"{model['head_size']}, {model['dtype']} cache. Calibrated on {calibration['rows']:,} tokens of "
         f"{calibration['documents']} documents, without the first {calibration['sink_tokens']} and the last "
@@ -140,24 +157,7 @@ def _markdown(summary: dict[str, Any], plotted: bool) -> str:
                 for group in summary["groups"]
             ],
         ),
-        "## Bit plans",
-        "Bits per token count side data; they do not count what entropy coding saves.",
-        _table(
-            ["ratio", "from layer", "side", "bits/token", "rank", "groups", "int2", "int4", "fp8"],
-            [
-                [
-                    f"{ratio['ratio']:g}",
-                    plan["first_layer"],
-                    plan["side"],
-                    f"{plan['bits_per_token']:,}",
-                    f"{plan['rank']:,}",
-                    plan["groups"],
-                    *(f"{count:,}" for count in plan["components"].values()),
-                ]
-                for ratio in summary["ratios"]
-                for plan in ratio["plans"]
-            ],
-        ),
+        *(_rd_plans(summary) if summary["profile"] == "rd" else _bit_plans(summary)),
         "## Expected error",
         "Squared error of decoded keys (before RoPE) and values over their variance.",
         _table(
@@ -167,6 +167,64 @@ def _markdown(summary: dict[str, Any], plotted: bool) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _bit_plans(summary: dict[str, Any]) -> list[str]:
+    return [
+        "## Bit plans",
+        "Bits per token count side data; they do not count what entropy coding saves.",
+        _plan_table(
+            summary,
+            ["bits/token", "rank", "groups"],
+            lambda plan: [f"{plan[key]:,}" for key in ("bits_per_token", "rank", "groups")],
+        ),
+    ]
+
+
+def _rd_plans(summary: dict[str, Any]) -> list[str]:
+    calibration = summary["calibration"]
+    return [
+        "## Measured",
+        f"Real streams of {calibration['validation_documents']} documents that took no part in the fit, all "
+        "bytes counted, and the model's next-token predictions over the decoded cache against those over the "
+        "original one.",
+        _table(
+            ["ratio", "measured ratio", "bits/token", "KL (nats)", "top-1 agreement"],
+            [
+                [
+                    f"{ratio['ratio']:g}",
+                    f"{ratio['measured']['ratio']:.2f}x",
+                    f"{ratio['bits_per_token']:,.0f}",
+                    f"{ratio['measured']['kl']:.4f}",
+                    f"{ratio['measured']['top1']:.1%}",
+                ]
+                for ratio in summary["ratios"]
+            ],
+        ),
+        "## Plans",
+        "Width of the quantisation intervals, and how many components each class of symbols holds.",
+        _plan_table(summary, ["step", "rank"], lambda plan: [f"{plan['step']:.4g}", f"{plan['rank']:,}"]),
+    ]
+
+
+def _plan_table(
+    summary: dict[str, Any], columns: Sequence[str], describe: Callable[[dict[str, Any]], Sequence[str]]
+) -> str:
+    kinds = summary["ratios"][0]["plans"][0]["components"]
+    return _table(
+        ["ratio", "from layer", "side", *columns, *kinds],
+        [
+            [
+                f"{ratio['ratio']:g}",
+                plan["first_layer"],
+                plan["side"],
+                *describe(plan),
+                *(f"{count:,}" for count in plan["components"].values()),
+            ]
+            for ratio in summary["ratios"]
+            for plan in ratio["plans"]
+        ],
+    )
 
 
 def _error_row(summary: dict[str, Any], label: str, pick: Any) -> list[str]:

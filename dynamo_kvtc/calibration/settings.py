@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -12,10 +13,34 @@ from dynamo_kvtc.calibration.fingerprint import hash_weights
 from dynamo_kvtc.calibration.fit import FitMethod
 from dynamo_kvtc.calibration.manifest import SCHEMA_VERSION
 from dynamo_kvtc.calibration.text import hash_files
-from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.errors import CalibrationError
 
-__all__ = ["CalibrationSettings", "InputDigests", "digest_inputs", "split_layers"]
+__all__ = [
+    "DEFAULT_RATIOS",
+    "SENSITIVITIES",
+    "CalibrationSettings",
+    "InputDigests",
+    "default_layers_per_group",
+    "digest_inputs",
+    "split_layers",
+]
+
+#: Ratios that plans are made for, by profile: of real streams with rd, before entropy coding with kvtc.
+DEFAULT_RATIOS: dict[str, tuple[float, ...]] = {
+    "rd": (10.0, 20.0, 40.0, 80.0),
+    "kvtc": (8.0, 16.0, 32.0),
+}
+
+#: Where the rd profile may take the model's sensitivity from.
+SENSITIVITIES = ("gradients", "forward")
+
+#: Largest row of the rd profile's default layer groups, in elements: its covariance takes half a
+#: gigabyte, and its exact eigenvectors some minutes.
+_LARGEST_ROW = 8192
+
+#: Layers of the kvtc profile's default layer groups; docs/calibration.md has the measurement.
+_KVTC_LAYERS_PER_GROUP = 10
 
 
 @dataclass(frozen=True)
@@ -30,12 +55,17 @@ class CalibrationSettings:
         UTF-8 files; documents are taken from them in turn.
     out : Path
         Folder of the artifact, and of the state of an unfinished calibration.
+    profile : str
+        ``"rd"`` or ``"kvtc"``.
     tokens : int
         Tokens to prefill in all. 160,000 to 200,000 are published practice, 40,000 come close.
     ratios : tuple[float, ...]
-        Nominal ratios to make bit plans for.
+        Ratios to make plans for: of real streams with rd, nominal with kvtc. Empty stands for
+        `DEFAULT_RATIOS`, which take its place.
+    max_kls : tuple[float, ...]
+        Divergences (nats) to make further plans for, each with the highest ratio that stays within; rd only.
     layers_per_group : int or None
-        Consecutive layers with one basis; None for all.
+        Consecutive layers with one basis; None for `default_layers_per_group`.
     document_tokens : int
         Tokens of one document.
     seed : int
@@ -52,14 +82,24 @@ class CalibrationSettings:
         Last tokens of each document that stay out of the fit.
     sample_tokens : int
         Rows on which quantisation is simulated.
+    validation_documents : int
+        Documents that take no part in the fit; the plans' ratio and divergence are measured on them. rd only.
+    sensitivity_documents : int
+        Documents from which the model's sensitivity is taken, at most; rd only.
+    scored_tokens : int
+        Last tokens of such a document, and of a validation document, whose predictions count; rd only.
+    sensitivity : str
+        ``"gradients"``, or ``"forward"`` for models too large for a backward pass; rd only.
     """
 
     model: str
     texts: tuple[Path, ...]
     out: Path
+    profile: str = "rd"
     tokens: int = 40_000
-    ratios: tuple[float, ...] = (8.0, 16.0, 32.0)
-    layers_per_group: int | None = 10
+    ratios: tuple[float, ...] = ()
+    max_kls: tuple[float, ...] = ()
+    layers_per_group: int | None = None
     document_tokens: int = 2048
     seed: int = 0
     threads: int | None = None
@@ -68,26 +108,65 @@ class CalibrationSettings:
     basis_dtype: str = "float16"
     recent_window: int = RECENT_WINDOW
     sample_tokens: int = 1024
+    validation_documents: int = 2
+    sensitivity_documents: int = 24
+    scored_tokens: int = 384
+    sensitivity: str = "gradients"
 
     def __post_init__(self) -> None:
-        if not self.ratios or min(self.ratios) <= 1 or len(set(self.ratios)) < len(self.ratios):
-            raise CalibrationError("give at least one ratio, all above 1 and none twice")
-        if len(self.ratios) > 256:
-            raise CalibrationError("an artifact holds at most 256 ratios")
+        if self.profile not in DEFAULT_RATIOS:
+            raise CalibrationError(
+                f"there is no profile {self.profile!r} to calibrate; known: {', '.join(DEFAULT_RATIOS)}"
+            )
+        if not self.ratios:
+            object.__setattr__(self, "ratios", DEFAULT_RATIOS[self.profile])
+        if not 1 < min(self.ratios) <= max(self.ratios) < math.inf or len(set(self.ratios)) < len(
+            self.ratios
+        ):
+            raise CalibrationError("ratios must be above 1 and none may stand twice")
+        if len(self.ratios) + len(self.max_kls) > 256:
+            raise CalibrationError("an artifact holds at most 256 plans: give fewer ratios and divergences")
         if self.layers_per_group is not None and self.layers_per_group < 1:
             raise CalibrationError("a layer group has at least one layer")
         if min(self.tokens, self.sample_tokens) < 1 or self.recent_window < 0:
             raise CalibrationError("numbers of tokens must be positive")
-        if self.document_tokens <= self.recent_window + SINK_TOKENS:
+        left_out = SINK_TOKENS + self.recent_window
+        if self.profile == "rd":
+            self._check_rd()
+            left_out += self.scored_tokens
+        elif self.max_kls:
             raise CalibrationError(
-                f"documents of {self.document_tokens} tokens hold nothing but sinks and the recent window; "
-                f"they need more than {self.recent_window + SINK_TOKENS}"
+                "the kvtc profile measures no divergences: give ratios, or choose profile rd"
+            )
+        if self.document_tokens <= left_out:
+            raise CalibrationError(
+                f"documents of {self.document_tokens} tokens leave nothing to fit once sinks, the recent "
+                f"window and scored tokens are taken away; they need more than {left_out}"
+            )
+
+    def _check_rd(self) -> None:
+        kls = self.max_kls
+        if kls and (not 0 < min(kls) <= max(kls) < math.inf or len(set(kls)) < len(kls)):
+            raise CalibrationError("divergences must be positive and none may stand twice")
+        if min(self.validation_documents, self.sensitivity_documents, self.scored_tokens) < 1:
+            raise CalibrationError(
+                "rd needs at least one validation document, one sensitivity document and one scored token"
+            )
+        if self.sensitivity not in SENSITIVITIES:
+            raise CalibrationError(
+                f"there is no sensitivity from {self.sensitivity!r}; known: {', '.join(SENSITIVITIES)}"
             )
 
     @property
     def plan_ratios(self) -> dict[int, float]:
-        """Nominal ratio by plan id, ascending."""
+        """Ratio by plan id, ascending."""
         return dict(enumerate(sorted(self.ratios)))
+
+    def layer_groups(self, geometry: KvGeometry) -> tuple[LayerRange, ...]:
+        """Divide a model's layers as these settings say."""
+        return split_layers(
+            geometry.num_layers, self.layers_per_group or default_layers_per_group(self.profile, geometry)
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +200,7 @@ def digest_inputs(settings: CalibrationSettings, folder: Path) -> InputDigests:
         "weights": hash_weights(folder),
         "model": hash_files(described),
         "text": text,
+        "profile": settings.profile,
         "tokens": settings.tokens,
         "ratios": sorted(settings.ratios),
         "layers_per_group": settings.layers_per_group,
@@ -132,11 +212,30 @@ def digest_inputs(settings: CalibrationSettings, folder: Path) -> InputDigests:
         "recent_window": settings.recent_window,
         "sample_tokens": settings.sample_tokens,
     }
+    if settings.profile == "rd":
+        content |= {
+            "max_kls": sorted(settings.max_kls),
+            "validation_documents": settings.validation_documents,
+            "sensitivity_documents": settings.sensitivity_documents,
+            "scored_tokens": settings.scored_tokens,
+            "sensitivity": settings.sensitivity,
+        }
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return InputDigests(text, blake2b(canonical.encode(), digest_size=32).hexdigest())
 
 
+def default_layers_per_group(profile: str, geometry: KvGeometry) -> int:
+    """Return how many layers share a basis if nothing is said: 10 with kvtc, with rd as many as do.
+
+    More layers find more in common, and the metric of rd keeps early layers from being starved; rows of
+    more than 8,192 elements would make covariances and eigenproblems too large.
+    """
+    if profile == "kvtc":
+        return min(_KVTC_LAYERS_PER_GROUP, geometry.num_layers)
+    return min(max(1, _LARGEST_ROW // geometry.layer_size), geometry.num_layers)
+
+
 def split_layers(num_layers: int, layers_per_group: int | None) -> tuple[LayerRange, ...]:
-    """Divide the layers into groups of `layers_per_group`; the last may be smaller."""
+    """Divide the layers into groups of `layers_per_group`, None being all; the last may be smaller."""
     step = layers_per_group or num_layers
     return tuple(LayerRange(first, min(step, num_layers - first)) for first in range(0, num_layers, step))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamo_kvtc.cli.output import JsonFlag, make_table, print_json, print_note, print_table, progress
-from dynamo_kvtc.cli.parsing import parse_ratios
+from dynamo_kvtc.cli.parsing import parse_divergences, parse_ratios
+from dynamo_kvtc.codec.header import MAX_DIMENSION
 
 if TYPE_CHECKING:
     from dynamo_kvtc.calibration.run import Progress
@@ -33,11 +34,24 @@ def command(
         list[Path] | None,
         typer.Argument(metavar="[FILE]...", help="Further files of --text.", exists=True, dir_okay=False),
     ] = None,
+    profile: Annotated[str, typer.Option(help="rd, or kvtc: the published method.")] = "rd",
     tokens: Annotated[int, typer.Option(help="Tokens to prefill in all.", min=1)] = 40_000,
-    ratios: Annotated[str, typer.Option(help="Nominal ratios to make bit plans for.")] = "8,16,32",
+    ratios: Annotated[
+        str | None, typer.Option(help="Ratios to make plans for; 10,20,40,80 with rd, 8,16,32 with kvtc.")
+    ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(help="Next-token divergences in nats to make further plans for, such as 0.004,0.015."),
+    ] = None,
+    validation_documents: Annotated[
+        int, typer.Option(help="Documents kept back to measure the plans of rd on.", min=1)
+    ] = 2,
+    sensitivity: Annotated[
+        str, typer.Option(help="gradients, or forward: for models too large for a backward pass.")
+    ] = "gradients",
     layers_per_group: Annotated[
-        str, typer.Option(help="Consecutive layers that share a basis: a number or all.")
-    ] = "10",
+        str, typer.Option(help="Consecutive layers that share a basis: a number, all, or auto.")
+    ] = "auto",
     document_tokens: Annotated[int, typer.Option(help="Tokens of one document.", min=1)] = 2048,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same artifact.")] = 0,
     threads: Annotated[
@@ -65,8 +79,12 @@ def command(
         model=model,
         texts=(*text, *(more_text or ())),
         out=out,
+        profile=profile,
         tokens=tokens,
-        ratios=tuple(parse_ratios(ratios)),
+        ratios=() if ratios is None else tuple(parse_ratios(ratios)),
+        max_kls=() if max_kl is None else tuple(parse_divergences(max_kl)),
+        validation_documents=validation_documents,
+        sensitivity=sensitivity,
         layers_per_group=_parse_layers(layers_per_group),
         document_tokens=document_tokens,
         seed=seed,
@@ -92,26 +110,33 @@ def command(
 
 
 def _table(summary: dict[str, Any]) -> Any:
+    is_rd = summary["profile"] == "rd"
+    columns = ["ratio" if is_rd else "ratio (nominal)", "key error", "value error", "bits/token"]
     return make_table(
-        f"artifact {summary['id'][:16]}",
-        ["ratio (nominal)", "key error", "value error", "bits/token"],
+        f"artifact {summary['id'][:16]}, profile {summary['profile']}",
+        [*columns, "measured ratio", "KL", "top-1"] if is_rd else columns,
         [
             [
                 f"{ratio['ratio']:g}",
                 f"{ratio['key_error']:.4f}",
                 f"{ratio['value_error']:.4f}",
-                f"{sum(plan['bits_per_token'] for plan in ratio['plans']):,}",
+                f"{ratio['bits_per_token']:,.0f}",
+                *(_measured(ratio["measured"]) if is_rd else ()),
             ]
             for ratio in summary["ratios"]
         ],
     )
 
 
+def _measured(measured: dict[str, Any]) -> list[str]:
+    return [f"{measured['ratio']:.1f}x", f"{measured['kl']:.4f}", f"{measured['top1']:.1%}"]
+
+
 def _parse_layers(text: str) -> int | None:
-    if text == "all":
-        return None
+    if text in ("all", "auto"):
+        return MAX_DIMENSION if text == "all" else None
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is neither a number nor all", param_hint="--layers-per-group")
+        raise typer.BadParameter(f"{text!r} is no number, all or auto", param_hint="--layers-per-group")
     return int(text)
 
 

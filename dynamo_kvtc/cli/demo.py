@@ -76,6 +76,7 @@ def _calibrate(out: Path, short: bool) -> tuple[Artifact, float]:
         model=BUILTIN_SMOLLM2,
         texts=CALIBRATION_TEXTS,
         out=out / ("artifact-short" if short else "artifact"),
+        profile="kvtc",
         tokens=8_192 if short else 40_960,
     )
     start = time.perf_counter()

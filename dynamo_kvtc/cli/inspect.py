@@ -4,15 +4,16 @@ is sound. Reads only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 
 from dynamo_kvtc.calibration.artifact import MANIFEST_NAME, load_artifact
+from dynamo_kvtc.calibration.report import summarise
 from dynamo_kvtc.cli.output import JsonFlag, format_bytes, make_table, print_json, print_line, print_table
 from dynamo_kvtc.codec.bitstream import SectionKind, StreamHeader, parse_header, read_section
 from dynamo_kvtc.errors import KvtcError, TierError
@@ -118,22 +119,20 @@ def _inspect_artifact(folder: Path) -> Report:
         "value_components": sum(group.values.rank for group in groups),
         "parameters_bytes": manifest.parameters.size,
     }
-    for entry in manifest.ratios:
-        plans = [
-            plan
-            for group in groups
-            for side in (group.keys, group.values)
-            for plan in side.plans
-            if plan.plan_id == entry.plan_id
-        ]
-        errors = [error for error in manifest.expected_error if error.plan_id == entry.plan_id]
+    for ratio in summarise(artifact)["ratios"]:
+        components: Counter[str] = Counter()
+        for plan in ratio["plans"]:
+            components.update({f"{kind}_components": count for kind, count in plan["components"].items()})
         report.parts.append(
             {
-                "ratio": entry.ratio,
-                "plan_id": entry.plan_id,
-                "bits_per_token": sum(plan.bits_per_token for plan in plans),
-                "key_error": fmean(errors[0].keys) if errors else None,
-                "value_error": fmean(errors[0].values) if errors else None,
+                "ratio": ratio["ratio"],
+                "plan_id": ratio["plan_id"],
+                "bits_per_token": ratio["bits_per_token"],
+                **({"step": ratio["plans"][0]["step"]} if manifest.profile == "rd" else {}),
+                **components,
+                "key_error": ratio["key_error"],
+                "value_error": ratio["value_error"],
+                **{f"measured_{name}": value for name, value in (ratio["measured"] or {}).items()},
             }
         )
     return report

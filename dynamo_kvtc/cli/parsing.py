@@ -6,21 +6,36 @@ import math
 
 import typer
 
-__all__ = ["parse_ratios"]
+__all__ = ["parse_divergences", "parse_ratios"]
 
 
 def parse_ratios(text: str) -> list[float]:
-    """Read nominal ratios separated by commas, such as ``8,16,32``.
+    """Read ratios separated by commas, such as ``8,16,32``.
 
     Raises
     ------
     typer.BadParameter
         If `text` is anything else, or a ratio is not a positive number.
     """
+    return _parse_positive(text, "ratios such as 8,16,32", "--ratios")
+
+
+def parse_divergences(text: str) -> list[float]:
+    """Read divergences (nats) separated by commas, such as ``0.004,0.015``.
+
+    Raises
+    ------
+    typer.BadParameter
+        If `text` is anything else, or a divergence is not a positive number.
+    """
+    return _parse_positive(text, "divergences such as 0.004,0.015", "--max-kl")
+
+
+def _parse_positive(text: str, what: str, option: str) -> list[float]:
     try:
-        ratios = [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        ratios = []
-    if not ratios or not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
-        raise typer.BadParameter(f"{text!r} is no list of ratios such as 8,16,32", param_hint="--ratios")
-    return ratios
+        numbers = []
+    if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise typer.BadParameter(f"{text!r} is no list of {what}", param_hint=option)
+    return numbers

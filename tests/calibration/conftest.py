@@ -66,6 +66,7 @@ def calibrated_settings(tiny_model, texts, tmp_path_factory) -> CalibrationSetti
         model=str(tiny_model),
         texts=texts,
         out=tmp_path_factory.mktemp("calibrated") / "artifact",
+        profile="kvtc",
         tokens=1200,
         ratios=(4.0, 8.0),
         layers_per_group=2,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from dynamo_kvtc.calibration.artifact import MANIFEST_NAME, PARAMETERS_NAME, Artifact, load_artifact
 from dynamo_kvtc.calibration.artifact_writer import FittedRdSide, MeasuredPlan
 from dynamo_kvtc.calibration.manifest import Manifest
+from dynamo_kvtc.calibration.report import write_report
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.codec.parameters import RdSideParameters
@@ -73,12 +74,10 @@ def test_what_is_written_is_read_back(data: st.DataObject) -> None:
         for g in groups
     ]
     ratios = {plan_id: 10.0 + number for number, plan_id in enumerate(plan_ids)}
-    measured = data.draw(
-        st.dictionaries(
-            st.sampled_from(plan_ids),
-            st.builds(MeasuredPlan, st.floats(1, 1000), st.floats(0, 5), st.floats(0, 1), st.just(None)),
-        )
+    figures = st.builds(
+        MeasuredPlan, st.floats(1, 1000), st.floats(0, 5), st.floats(0, 1), st.none() | st.integers(0, 1000)
     )
+    measured = {plan_id: data.draw(figures) for plan_id in plan_ids}
     with tempfile.TemporaryDirectory() as scratch:
         write_random_rd_artifact(
             Path(scratch), geometry=geometry, groups=groups, sides=sides, ratios=ratios, measured=measured
@@ -92,10 +91,8 @@ def test_what_is_written_is_read_back(data: st.DataObject) -> None:
     for (keys, values), group in zip(sides, parameters.groups, strict=True):
         assert_same(keys, group.keys)
         assert_same(values, group.values)
-    for entry in artifact.manifest.ratios:
-        found = entry.measured and (entry.measured.ratio, entry.measured.kl, entry.measured.top1)
-        expected = measured.get(entry.plan_id)
-        assert found == (expected and (expected.ratio, expected.kl, expected.top1))
+    read = {entry.plan_id: entry.measured for entry in artifact.manifest.ratios}
+    assert {plan_id: MeasuredPlan(**dict(entry)) for plan_id, entry in read.items()} == measured
 
 
 def test_plans_are_found_by_ratio_and_by_divergence(folder: Path) -> None:
@@ -109,7 +106,7 @@ def test_plans_are_found_by_ratio_and_by_divergence(folder: Path) -> None:
 
 def test_the_id_covers_what_was_measured(tmp_path: Path) -> None:
     first, again = write(tmp_path / "a"), write(tmp_path / "b")
-    other = write(tmp_path / "c", measured={0: MeasuredPlan(11.0, kl=0.002, top1=0.98)})
+    other = write(tmp_path / "c", measured=dict.fromkeys((0, 1), MeasuredPlan(11.0, kl=0.002, top1=0.98)))
     assert first.manifest.id == again.manifest.id != other.manifest.id
     assert (tmp_path / "a" / MANIFEST_NAME).read_bytes() == (tmp_path / "b" / MANIFEST_NAME).read_bytes()
 
@@ -125,9 +122,10 @@ def test_ratios_may_share_a_plan(tmp_path: Path) -> None:
     assert_same(shared, artifact.parameters.groups[0].keys)
 
 
-def test_measurements_need_a_plan(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"not written: \[7\]"):
-        write(tmp_path, measured={7: MeasuredPlan(11.0, kl=0.002, top1=0.98)})
+@pytest.mark.parametrize("plan_ids", [(), (0,), (0, 1, 7)])
+def test_every_plan_is_measured_and_no_other(tmp_path: Path, plan_ids: tuple[int, ...]) -> None:
+    with pytest.raises(CalibrationError, match="were measured"):
+        write(tmp_path, measured=dict.fromkeys(plan_ids, MeasuredPlan(11.0, kl=0.002, top1=0.98)))
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, PARAMETERS_NAME])
@@ -185,6 +183,7 @@ def set_in(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         set_in("groups", 0, "keys", "plans", 0, "plan_id", value=1),
         set_in("groups", 0, "keys", "plans", 0, "plan_id", value=9),
         set_in("groups", 0, "keys", "rank", value=1),
+        set_in("ratios", 0, "measured", value=None),
         set_in("ratios", 0, "measured", "kl", value=-0.1),
         set_in("ratios", 0, "measured", "kl", value=float("inf")),
         set_in("ratios", 0, "measured", "top1", value=1.5),
@@ -232,6 +231,26 @@ def test_hostile_tensors_are_refused(
     rewrite(folder, seal)
     with pytest.raises(ArtifactFormatError, match=says):
         load_artifact(folder)
+
+
+def test_the_report_has_its_three_forms(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    artifact = write(tmp_path)
+    write_report(artifact)
+    summary = json.loads((tmp_path / "report.json").read_text())
+    assert (summary["profile"], [entry["ratio"] for entry in summary["ratios"]]) == ("rd", [10.0, 20.0])
+    plan = artifact.parameters.groups[1].values.plans[1]
+    assert summary["ratios"][1]["plans"][3] == {
+        "first_layer": 2,
+        "side": "values",
+        "step": plan.step,
+        "rank": plan.rank,
+        "components": dict(zip(("wide", "byte", "nibble", "trit"), plan.counts, strict=True)),
+    }
+    text = (tmp_path / "report.md").read_text()
+    assert "| 20 | 22.00x |" in text and "| 0.0040 | 98.0% |" in text
+    assert "| ratio | from layer | side | step | rank | wide | byte | nibble | trit |" in text
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_manifest_without_parts_invented_later_keeps_its_id() -> None:

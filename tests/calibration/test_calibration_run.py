@@ -193,6 +193,7 @@ def test_the_command_calibrates_and_reuses(settings, capsys):
             text=[first],
             out=settings.out,
             more_text=[second],
+            profile="kvtc",
             tokens=settings.tokens,
             ratios="4,8",
             layers_per_group="2",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from random_rd import write_random_rd_artifact
 from typer.testing import CliRunner
 
 from dynamo_kvtc.calibration.artifact import MANIFEST_NAME, PARAMETERS_NAME
@@ -201,6 +202,25 @@ def test_a_sound_artifact(artifact: Path) -> None:
     assert report["facts"]["key_components"] == 16
     (part,) = report["parts"]
     assert (part["ratio"], part["key_error"], part["value_error"]) == (8.0, 0.25, 0.5)
+
+
+def test_a_sound_artifact_of_rd(tmp_path: Path) -> None:
+    groups = [LayerRange(0, 2), LayerRange(2, 1)]
+    written = write_random_rd_artifact(tmp_path, geometry=GEOMETRY, groups=groups)
+    (report,) = inspect(tmp_path)[1]
+    assert (report["facts"]["profile"], report["facts"]["layer_groups"]) == ("rd", 2)
+    for part, entry in zip(report["parts"], written.manifest.ratios, strict=True):
+        assert entry.measured is not None
+        assert (part["ratio"], part["measured_ratio"]) == (entry.ratio, entry.measured.ratio)
+        assert (part["measured_kl"], part["measured_top1"]) == (entry.measured.kl, entry.measured.top1)
+        assert part["bits_per_token"] * part["measured_ratio"] == pytest.approx(32 * GEOMETRY.row_size)
+        plans = [
+            side.plans[entry.plan_id]
+            for group in written.parameters.groups
+            for side in (group.keys, group.values)
+        ]
+        assert part["step"] == plans[0].step
+        assert part["nibble_components"] == sum(plan.counts[2] for plan in plans)
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, PARAMETERS_NAME])

@@ -34,6 +34,7 @@ def tiny_artifact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
             model=str(tiny_folder),
             texts=CALIBRATION_TEXTS,
             out=tmp_path_factory.mktemp("tiny-artifact"),
+            profile="kvtc",
             tokens=2000,
             ratios=(2.5, 4.0),
             document_tokens=500,

@@ -44,6 +44,7 @@ def byte_artifact(byte_model_folder: Path, tmp_path_factory: pytest.TempPathFact
             model=str(byte_model_folder),
             texts=CALIBRATION_TEXTS,
             out=tmp_path_factory.mktemp("byte-artifact"),
+            profile="kvtc",
             tokens=2000,
             ratios=(2.5, 4.0, 8.0),
             document_tokens=500,
