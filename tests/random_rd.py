@@ -48,12 +48,12 @@ def random_rd_side(
         mean=torch.randn(row, generator=generator),
         basis=torch.linalg.qr(torch.randn(row, row, generator=generator)).Q[:rank].to(basis_dtype),
         metric=factor @ factor.mT + torch.eye(size),
-        importance=torch.randn(row, generator=generator),
+        importance=0.1 * torch.randn(row, generator=generator),
         importance_bias=float(torch.randn((), generator=generator)),
         variances=variances,
         total_variance=2 * float(variances.sum()),
         plans={
-            plan_id: random_rd_plan(rank, 0.1 * (1 + number), generator)
+            plan_id: random_rd_plan(rank, 10.0 * (1 + number), generator)
             for number, plan_id in enumerate(plan_ids)
         },
         errors=dict.fromkeys(plan_ids, (0.1,) * layers),

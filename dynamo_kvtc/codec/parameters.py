@@ -227,11 +227,13 @@ class CodecParameters(Generic[SideT]):
         """
         good = [plan_id for plan_id, kl in self.divergences.items() if kl <= max_kl]
         if not good:
-            best = min(self.divergences.values(), default=None)
-            known = "it states no divergences" if best is None else f"its best plan reaches {best:.4g}"
+            known = ", ".join(
+                f"{kl:.4g} at {self.ratios[plan_id]:g}x"
+                for plan_id, kl in sorted(self.divergences.items(), key=lambda entry: entry[1])
+            )
             raise ArtifactMismatchError(
-                f"the artifact has no plan with a KL of at most {max_kl:g} ({known}); "
-                "recalibrate with --max-kl, or choose a ratio"
+                f"the artifact has no plan with a KL of at most {max_kl:g} (it has "
+                f"{known or 'none measured'}); allow more, choose a ratio, or recalibrate with --max-kl"
             )
         return max(good, key=lambda plan_id: self.ratios[plan_id])
 

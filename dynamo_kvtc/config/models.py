@@ -28,6 +28,7 @@ __all__ = [
     "PipelineConfig",
     "PolicyConfig",
     "SecurityConfig",
+    "TierCodecConfig",
     "TierConfig",
     "TransferConfig",
     "json_schema",
@@ -53,14 +54,32 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
+_Ratio = Annotated[float, Field(ge=1, le=4096)]
+_Divergence = Annotated[float, Field(gt=0, le=100)]
+
+#: Ratio that is encoded with if nothing is said, by profile.
+_DEFAULT_RATIOS = {"rd": 20.0, "kvtc": 16.0}
+
+
+def _check_one_plan(ratio: float | None, max_kl: float | None) -> None:
+    if ratio is not None and max_kl is not None:
+        raise ValueError("ratio and max_kl both choose the plan; give one of them")
+
+
 class CodecConfig(_Section):
     """How blocks are encoded at the boundary from G1 to the first tier."""
 
-    profile: Literal["kvtc", "raw"] = "kvtc"
-    """kvtc compresses with the artifact; raw stores the cache's exact bytes."""
+    profile: Literal["rd", "kvtc", "raw"] = "rd"
+    """rd and kvtc compress with an artifact of theirs, kvtc by the published method; raw stores the cache's
+    exact bytes."""
 
-    ratio: Annotated[float, Field(ge=1, le=1024)] = 16.0
-    """Nominal ratio before entropy coding; the artifact must have a bit plan for it. Unused by raw."""
+    ratio: _Ratio | None = None
+    """Ratio to encode with: of real streams with rd, before entropy coding with kvtc. The artifact must have
+    a plan for it. If neither it nor max_kl is given, 20 with rd and 16 with kvtc. Unused by raw."""
+
+    max_kl: _Divergence | None = None
+    """Instead of ratio, with rd: the artifact's plan with the highest ratio whose next-token KL (nats) was at
+    most this in calibration."""
 
     sink_bits: Literal[8, 16] = 8
     """Bits per element of sink tokens: 8 (fp8 with a scale per head) or 16 (the cache's own bytes)."""
@@ -71,6 +90,46 @@ class CodecConfig(_Section):
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     """Threads that entropy-code chunks; by default one per core this process may use."""
 
+    @model_validator(mode="after")
+    def _one_plan(self) -> CodecConfig:
+        _check_one_plan(self.ratio, self.max_kl)
+        return self
+
+    @property
+    def plan_ratio(self) -> float | None:
+        """The ratio to encode with, or None where `max_kl` or nothing chooses the plan."""
+        if self.ratio is not None or self.max_kl is not None:
+            return self.ratio
+        return _DEFAULT_RATIOS.get(self.profile)
+
+
+class TierCodecConfig(_Section):
+    """With which plan blocks are encoded on their way into a tier, where that differs from `codec`."""
+
+    ratio: _Ratio | None = None
+    """As codec.ratio."""
+
+    max_kl: _Divergence | None = None
+    """As codec.max_kl."""
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> TierCodecConfig:
+        _check_one_plan(self.ratio, self.max_kl)
+        return self
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is set."""
+        return self.ratio is not None or self.max_kl is not None
+
+
+def _null_is_empty(value: object) -> object:
+    # A section whose lines are all commented out reads as null.
+    return {} if value is None else value
+
+
+_TierCodec = Annotated[TierCodecConfig, BeforeValidator(_null_is_empty)]
+
 
 class HostTierConfig(_Section):
     """Host memory (G2): fast, and gone when the process ends."""
@@ -80,6 +139,9 @@ class HostTierConfig(_Section):
 
     capacity: Annotated[Size, Field(gt=0)]
     """Bytes of memory for stored objects, headers included; pages are taken as they are first written."""
+
+    codec: _TierCodec = TierCodecConfig()
+    """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
 
 
 class DiskTierConfig(_Section):
@@ -100,6 +162,9 @@ class DiskTierConfig(_Section):
     durability: Literal["none", "fsync"] = "none"
     """none: objects survive the process; after a power cut recent ones may be missing, or damaged and
     found out by their checksums. fsync: what was stored survives a power cut."""
+
+    codec: _TierCodec = TierCodecConfig()
+    """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
 
 
 TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="kind")]
@@ -190,6 +255,11 @@ def _check_tiers(tiers: list[TierConfig]) -> list[TierConfig]:
         raise ValueError("there can be one host tier; give it the sum of the capacities")
     if "host" in kinds[1:]:
         raise ValueError("tiers are listed from fast to slow: the host tier comes first")
+    if any(tier.codec.is_set for tier in tiers[1:]):
+        raise ValueError(
+            "blocks are encoded once, on their way into the first tier, and tiers below take its bytes: put "
+            "codec into the first tier's entry"
+        )
     places = [tier.path.resolve() for tier in tiers if isinstance(tier, DiskTierConfig)]
     for index, place in enumerate(places):
         for other in places[:index]:
@@ -228,8 +298,7 @@ class Config(_Section):
     @field_validator("codec", "policy", "transfer", "pipeline", "observability", "security", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
-        # A section whose lines are all commented out reads as null.
-        return {} if value is None else value
+        return _null_is_empty(value)
 
     @model_validator(mode="after")
     def _artifact_given(self) -> Config:
@@ -239,6 +308,23 @@ class Config(_Section):
                 "`dynamo-kvtc calibrate` wrote, or set codec.profile to raw"
             )
         return self
+
+    @model_validator(mode="after")
+    def _divergences_are_known(self) -> Config:
+        if self.codec.profile == "kvtc" and self.encoding.max_kl is not None:
+            raise ValueError(
+                "artifacts of profile kvtc state no divergences: give ratio instead of max_kl, or calibrate "
+                "and configure profile rd"
+            )
+        return self
+
+    @property
+    def encoding(self) -> CodecConfig:
+        """How blocks are encoded: `codec`, with the plan that the first tier's entry chooses."""
+        own = self.tiers[0].codec
+        if not own.is_set:
+            return self.codec
+        return self.codec.model_copy(update={"ratio": own.ratio, "max_kl": own.max_kl})
 
 
 def json_schema() -> dict[str, Any]:

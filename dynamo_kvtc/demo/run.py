@@ -80,7 +80,7 @@ async def measure_serving(
     config = Config.model_validate(
         {
             "artifact": artifact.folder,
-            "codec": {"ratio": settings.ratio},
+            "codec": {"profile": artifact.manifest.profile, "ratio": settings.ratio},
             "tiers": [
                 {"kind": "host", "capacity": "256MiB"},
                 {"kind": "disk", "path": folder / "disk-tier", "capacity": "1GiB"},

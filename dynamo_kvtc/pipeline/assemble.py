@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack
 from dynamo_kvtc.calibration.artifact import load_artifact
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import KvGeometry
-from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.config import Config, HostTierConfig, TierConfig
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
@@ -57,7 +57,8 @@ async def open_adapter(
     Raises
     ------
     ArtifactError
-        If the artifact cannot be used or was calibrated for another model.
+        If the artifact cannot be used, is of another profile, was calibrated for another model, or has no
+        plan for the ratio or divergence that is asked for.
     ConfigError
         If settings contradict the engine.
     TierError, TransferError, MissingDependencyError
@@ -115,18 +116,25 @@ def _policy(config: Config) -> OffloadPolicy:
 
 
 def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) -> tuple[KvCodec, bytes]:
-    if config.codec.profile == "raw":
+    wanted = config.encoding
+    if wanted.profile == "raw":
         return RawCodec(geometry), bytes(ARTIFACT_ID_BYTES)
     if config.artifact is None:
-        raise ConfigError(f"codec.profile {config.codec.profile} needs an artifact")
+        raise ConfigError(f"codec.profile {wanted.profile} needs an artifact")
     artifact = load_artifact(config.artifact)
+    if (found := artifact.manifest.profile) != wanted.profile:
+        raise ArtifactMismatchError(
+            f"the artifact {config.artifact} is of profile {found}, codec.profile is {wanted.profile}: set "
+            f"codec.profile to {found}, or calibrate with `dynamo-kvtc calibrate --profile {wanted.profile}`"
+        )
     artifact.check_model(geometry, rope or artifact.parameters.rope)
-    codec = KvtcCodec(
+    codec = open_codec(
         artifact.parameters,
-        ratio=config.codec.ratio,
-        sink_bits=config.codec.sink_bits,
-        compute_dtype=config.codec.compute_dtype,
-        threads=config.codec.threads or len(os.sched_getaffinity(0)),
+        ratio=wanted.plan_ratio,
+        max_kl=wanted.max_kl,
+        sink_bits=wanted.sink_bits,
+        compute_dtype=wanted.compute_dtype,
+        threads=wanted.threads or len(os.sched_getaffinity(0)),
     )
     codec.warm_up()
     return codec, artifact.parameters.artifact_id

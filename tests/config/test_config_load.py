@@ -177,6 +177,62 @@ def test_values_are_not_coerced_and_have_bounds(write: Write, addition: str, say
     assert says in only(write(TEN_LINES + addition)).message
 
 
+@pytest.mark.parametrize(
+    ("codec", "first_tier", "chosen"),
+    [
+        ("", "", (20.0, None)),
+        ("profile: kvtc", "", (16.0, None)),
+        ("profile: raw", "", (None, None)),
+        ("ratio: 40", "", (40.0, None)),
+        ("max_kl: 0.01", "", (None, 0.01)),
+        ("ratio: 40", "ratio: 10", (10.0, None)),
+        ("ratio: 40", "max_kl: 0.02", (None, 0.02)),
+        ("max_kl: 0.01", "ratio: 10", (10.0, None)),
+        ("max_kl: 0.01", "null", (None, 0.01)),
+        ("profile: kvtc, ratio: 8", "ratio: 32", (32.0, None)),
+    ],
+)
+def test_codec_or_the_first_tier_choose_the_plan(
+    write: Write, codec: str, first_tier: str, chosen: tuple[float | None, float | None]
+) -> None:
+    own = first_tier if first_tier == "null" else f"{{{first_tier}}}"
+    text = f"artifact: a\ncodec: {{{codec}}}\ntiers: [{{kind: host, capacity: 1GB, codec: {own}}}]\n"
+    encoding = load_config(write(text), {}).encoding
+    assert (encoding.plan_ratio, encoding.max_kl) == chosen
+
+
+@pytest.mark.parametrize(
+    ("codec", "first", "second", "says"),
+    [
+        ("ratio: 20, max_kl: 0.01", "", "", "give one of them"),
+        ("", "ratio: 20, max_kl: 0.01", "", "give one of them"),
+        ("", "", "ratio: 20", "encoded once"),
+        ("", "", "max_kl: 0.1", "first tier's entry"),
+        ("profile: kvtc, max_kl: 0.01", "", "", "state no divergences"),
+        ("profile: kvtc", "max_kl: 0.01", "", "state no divergences"),
+        ("max_kl: 0", "", "", "greater than 0"),
+        ("ratio: .nan", "", "", "4096, not nan"),
+        ("ratio: 5000", "", "", "4096"),
+        ("", "max_lk: 0.01", "", "did you mean max_kl? Known here: max_kl, ratio"),
+        ("", "5", "", "must hold keys and values"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(
+    write: Write, codec: str, first: str, second: str, says: str
+) -> None:
+    first = first if first == "5" else f"{{{first}}}"
+    text = (
+        f"artifact: a\ncodec: {{{codec}}}\ntiers: [{{kind: host, capacity: 1GB, codec: {first}}}, "
+        f"{{kind: disk, path: kv, capacity: 1GB, codec: {{{second}}}}}]\n"
+    )
+    assert says in only(write(text)).message
+
+
+def test_the_environment_reaches_the_plan_of_the_first_tier(write: Write) -> None:
+    config = load_config(write(TEN_LINES), {"DYNAMO_KVTC__TIERS__0__CODEC__MAX_KL": "0.01"})
+    assert (config.encoding.plan_ratio, config.encoding.max_kl) == (None, 0.01)
+
+
 def test_kvtc_needs_an_artifact_and_raw_does_not(write: Write) -> None:
     text = TEN_LINES.replace("artifact: artifacts/model\n", "")
     assert "calibrate" in only(write(text)).message

@@ -1,13 +1,16 @@
 """From a configuration file to a running adapter, with a real artifact folder."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from random_rd import write_random_rd_artifact
 
-from dynamo_kvtc.codec.geometry import KvGeometry
-from dynamo_kvtc.config import load_config
-from dynamo_kvtc.errors import ArtifactFormatError, ConfigError
+from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
+from dynamo_kvtc.codec.header import Profile
+from dynamo_kvtc.config import Config, load_config
+from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, ConfigError
 from dynamo_kvtc.pipeline.assemble import open_adapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.paged import PagedKvCache
@@ -80,7 +83,7 @@ async def test_what_contradicts_the_engine_is_refused_and_nothing_stays_open(tmp
     config = load_config(write(tmp_path, RAW))
     with pytest.raises(ConfigError, match="multiple of the engine's block size"):
         await open_adapter(config, GEOMETRY, 24)
-    missing = RAW.replace("codec:\n  profile: raw", "artifact: nowhere")
+    missing = RAW.replace("codec:\n  profile: raw", "artifact: nowhere\ncodec:\n  profile: rd")
     with pytest.raises(ArtifactFormatError, match="nowhere"):
         await open_adapter(load_config(write(tmp_path, missing)), GEOMETRY, 16)
 
@@ -91,3 +94,55 @@ async def test_what_contradicts_the_engine_is_refused_and_nothing_stays_open(tmp
         await open_adapter(config, GEOMETRY, 16, wrap_tier=explode)
     async with await open_adapter(config, GEOMETRY, 16):
         pass  # the folder's lock was given back
+
+
+@pytest.mark.parametrize(
+    ("codec", "first_tier", "plan_id"),
+    [
+        ({}, {}, 1),
+        ({"ratio": 10.0}, {}, 0),
+        ({"max_kl": 0.01}, {}, 1),
+        ({"max_kl": 0.002}, {}, 0),
+        ({}, {"max_kl": 0.002}, 0),
+    ],
+)
+async def test_the_configuration_chooses_among_the_plans_of_an_artifact(
+    tmp_path: Path, codec: dict[str, float], first_tier: dict[str, float], plan_id: int
+) -> None:
+    config = _rd_config(tmp_path, codec, first_tier)
+    cache = PagedKvCache.from_layers([torch.randn(2, 2, 16, 2, 8) for _ in range(3)], "2BNHD")
+    blocks = SequenceBlocks([b"a", b"b"], [0, 1])
+    async with await open_adapter(config, GEOMETRY, 16) as adapter:
+        assert (await adapter.offload(blocks, cache).wait()).stored == 1
+        (header,) = await adapter.headers(blocks.hashes)
+        await adapter.onboard(blocks, cache).wait()
+    assert (header.profile, header.plan_id) == (Profile.RD, plan_id)
+
+
+@pytest.mark.parametrize(
+    ("codec", "says"),
+    [
+        ({"ratio": 16.0}, "it has 10, 20"),
+        ({"max_kl": 1e-6}, "it has 0.001 at 10x, 0.004 at 20x"),
+        ({"profile": "kvtc"}, "of profile rd, codec.profile is kvtc: set codec.profile to rd"),
+    ],
+)
+async def test_what_the_artifact_does_not_have_is_refused_at_start(
+    tmp_path: Path, codec: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ArtifactMismatchError, match=says):
+        await open_adapter(_rd_config(tmp_path, codec), GEOMETRY, 16)
+
+
+def _rd_config(folder: Path, codec: dict[str, Any], first_tier: dict[str, float] | None = None) -> Config:
+    groups = [LayerRange(0, GEOMETRY.num_layers)]
+    artifact = write_random_rd_artifact(folder / "artifact", geometry=GEOMETRY, groups=groups)
+    return Config.model_validate(
+        {
+            "artifact": artifact.folder,
+            "codec": codec,
+            "tiers": [{"kind": "host", "capacity": "1MiB", "codec": first_tier}],
+            "policy": {"tier_block_tokens": 32, "recent_window": 0, "minimum_tokens": 0},
+            "transfer": {"staging": "2MiB"},
+        }
+    )
