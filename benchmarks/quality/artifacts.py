@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.quality.domains import DOMAINS
@@ -19,22 +19,31 @@ __all__ = ["CalibrationPlan", "artifacts_for"]
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """How artifacts are calibrated, the same for every profile.
+    """How artifacts are calibrated: every profile on the same text.
 
     Attributes
     ----------
     tokens, document_tokens : int
         Tokens of calibration text in all, evenly from all domains, and of one document.
-    ratios : tuple[float, ...]
-        Nominal ratios.
+    ratios : Mapping[str, tuple[float, ...]]
+        Nominal ratios by profile.
     layers_per_group : int or None
-        Consecutive layers with one basis; None for all, as published.
+        Consecutive layers with one basis; None for each profile's best.
+    sensitivity_documents, validation_documents : int
+        Documents that rd takes the model's sensitivity from, and that it measures its plans on.
     """
 
-    tokens: int = 40_960
+    tokens: int = 81_920
     document_tokens: int = 2048
-    ratios: tuple[float, ...] = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+    ratios: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: {
+            "kvtc": (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0),
+            "rd": (10.0, 16.0, 20.0, 28.0, 40.0, 56.0, 80.0, 112.0),
+        }
+    )
     layers_per_group: int | None = None
+    sensitivity_documents: int = 24
+    validation_documents: int = 4
 
 
 def artifacts_for(
@@ -81,9 +90,9 @@ def artifacts_for(
 def _calibrated(
     folder: Path, profile: str, dtype: str, plan: CalibrationPlan, progress: Callable[[Progress], None]
 ) -> Artifact:
-    if profile != "kvtc":
+    if profile not in plan.ratios:
         raise EvaluationError(f"there is no calibration of profile {profile!r}; give an artifact")
-    layers = plan.layers_per_group or "all"
+    layers = plan.layers_per_group or "best"
     name = f"{folder.name}-{profile}-{dtype}-{plan.tokens}-tokens-{layers}-layers"
     settings = CalibrationSettings(
         model=str(folder),
@@ -92,8 +101,10 @@ def _calibrated(
         profile=profile,
         tokens=plan.tokens,
         document_tokens=plan.document_tokens,
-        ratios=plan.ratios,
+        ratios=plan.ratios[profile],
         layers_per_group=plan.layers_per_group,
         dtype=dtype,
+        sensitivity_documents=plan.sensitivity_documents,
+        validation_documents=plan.validation_documents,
     )
     return calibrate(settings, progress)

@@ -60,8 +60,13 @@ QUICK = RunPlan(
         ),
         "needle": NeedleTask(lengths=(512,), per_length=2),
     },
-    codecs=("none", "int4", "rotation", "kvtc"),
+    codecs=("none", "int4", "rotation", "kvtc", "rd"),
     calibration=CalibrationPlan(
-        tokens=10_240, document_tokens=1024, ratios=(8.0, 16.0, 32.0), layers_per_group=10
+        tokens=10_240,
+        document_tokens=1024,
+        ratios={"kvtc": (8.0, 16.0, 32.0), "rd": (20.0, 40.0, 80.0)},
+        layers_per_group=10,
+        sensitivity_documents=4,
+        validation_documents=1,
     ),
 )
