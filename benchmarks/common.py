@@ -80,7 +80,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--artifact", type=Path, default=Path("demo-output/artifact"))
     parser.add_argument("--model", default=BUILTIN_SMOLLM2)
-    parser.add_argument("--ratio", type=float, default=16.0, help="nominal ratio of the artifact's plans")
+    parser.add_argument("--ratio", type=float, default=20.0, help="ratio of one of the artifact's plans")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the prefix, whole tier blocks")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")

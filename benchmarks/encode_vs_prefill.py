@@ -10,7 +10,7 @@ import statistics
 
 from common import interleave, load_subject, parse_arguments, publish, timed
 
-from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.policy import OffloadPolicy
 
 
@@ -18,7 +18,7 @@ async def main() -> None:
     arguments = parse_arguments(__doc__)
     subject = load_subject(arguments)
     policy = OffloadPolicy()
-    codec = KvtcCodec(subject.artifact.parameters, ratio=arguments.ratio)
+    codec = open_codec(subject.artifact.parameters, ratio=arguments.ratio)
     streams = codec.encode(subject.gather(policy))
     seconds = await interleave(
         {
@@ -36,6 +36,7 @@ async def main() -> None:
         {
             "tier_block_tokens": policy.tier_block_tokens,
             "stored_bytes": sum(len(stream) for stream in streams),
+            "profile": subject.artifact.manifest.profile,
             "layer_groups": len(codec.layer_groups),
         },
     )

@@ -23,7 +23,7 @@ def configuration(subject: Subject, ratio: float, tiers: list[dict[str, object]]
     return Config.model_validate(
         {
             "artifact": subject.artifact.folder,
-            "codec": {"ratio": ratio},
+            "codec": {"profile": subject.artifact.manifest.profile, "ratio": ratio},
             "tiers": tiers,
             # The whole prefix is stored, so that both sides do the same tokens.
             "policy": {"recent_window": 0},
@@ -84,7 +84,11 @@ async def main() -> None:
             "recompute / onboard from disk": (recompute_s / disk_s, "at least 5"),
             "recompute / onboard from host": (recompute_s / host_s, "-"),
         },
-        {"stored_bytes": stored, "layer_groups": layer_groups},
+        {
+            "stored_bytes": stored,
+            "profile": subject.artifact.manifest.profile,
+            "layer_groups": layer_groups,
+        },
     )
 
 

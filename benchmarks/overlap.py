@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from common import BLOCK_SIZE, Subject, interleave, load_subject, parse_arguments, publish
 
-from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.base import KvCodec
+from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.testing import ThrottledTier
@@ -33,7 +34,7 @@ _TIMEOUT_S = 60.0
 
 
 @torch.inference_mode()
-def decode(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> float:
+def decode(subject: Subject, codec: KvCodec, streams: Sequence[bytes]) -> float:
     """Decode streams and scatter every layer into fresh blocks, as onboarding does; return the seconds."""
     engine = subject.session.engine
     session = engine.session(subject.token_ids)
@@ -52,7 +53,7 @@ def decode(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> floa
     return seconds
 
 
-async def decode_alone(subject: Subject, codec: KvtcCodec, streams: Sequence[bytes]) -> float:
+async def decode_alone(subject: Subject, codec: KvCodec, streams: Sequence[bytes]) -> float:
     """Decode in a thread, as onboarding does."""
     return await asyncio.to_thread(decode, subject, codec, streams)
 
@@ -72,7 +73,7 @@ async def transfer(subject: Subject, adapter: TierAdapter, memory: MemoryRegion)
 
 async def open_throttled(
     subject: Subject,
-    codec: KvtcCodec,
+    codec: KvCodec,
     policy: OffloadPolicy,
     agent: TransferAgent,
     folder: str,
@@ -88,7 +89,7 @@ async def main() -> None:
     arguments = parse_arguments(__doc__)
     subject = load_subject(arguments)
     policy = OffloadPolicy(recent_window=0)
-    codec = KvtcCodec(subject.artifact.parameters, ratio=arguments.ratio)
+    codec = open_codec(subject.artifact.parameters, ratio=arguments.ratio)
     streams = codec.encode(subject.gather(policy))
     stored = sum(len(stream) for stream in streams)
     trials = [await decode_alone(subject, codec, streams) for _ in range(arguments.repetitions + 1)]
@@ -119,6 +120,7 @@ async def main() -> None:
         {
             "stored_bytes": stored,
             "throttled_bytes_per_s": bytes_per_s,
+            "profile": subject.artifact.manifest.profile,
             "layer_groups": len(codec.layer_groups),
             "tier_blocks": len(streams),
         },

@@ -30,7 +30,7 @@ __all__ = ["command"]
 def command(
     artifact: Annotated[Path, typer.Option(help="Folder that `calibrate` wrote.")],
     ratios: Annotated[
-        str | None, typer.Option(help="Nominal ratios such as 8,16,32; by default all of the artifact.")
+        str | None, typer.Option(help="Ratios such as 10,20; by default all of the artifact's plans.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that are encoded and decoded at a time.", min=1)] = 1024,
     tier_block_tokens: Annotated[int, typer.Option(help="Tokens per stream.", min=16)] = 256,

@@ -47,9 +47,11 @@ def command(
         typer.Argument(metavar="[FILE]...", help="Further files of --text.", exists=True, dir_okay=False),
     ] = None,
     ratios: Annotated[
-        str | None, typer.Option(help="Nominal ratios such as 8,16,32; by default all of the artifact.")
+        str | None, typer.Option(help="Ratios such as 10,20; by default all of the artifact's plans.")
     ] = None,
-    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "kvtc",
+    profile: Annotated[
+        str | None, typer.Option(help="raw: the cache's own bytes; by default the artifact's profile.")
+    ] = None,
     documents: Annotated[int, typer.Option(help="Documents, cut evenly from the files.", min=1)] = 8,
     tier_block_tokens: Annotated[int, typer.Option(help="Tokens per stream.", min=16)] = 256,
     dtype: Annotated[
@@ -64,7 +66,7 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="Write ratio against KL as a PNG.")] = None,
 ) -> None:
     """Measure ratio and quality of an artifact on held-out text, with real streams."""
-    if profile not in PROFILES:
+    if profile is not None and profile not in PROFILES:
         raise typer.BadParameter(f"{profile!r} is not one of {', '.join(PROFILES)}", param_hint="--profile")
     chosen = None if ratios is None else parse_ratios(ratios)
     if threads is not None:

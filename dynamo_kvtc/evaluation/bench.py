@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_kvtc.calibration.artifact import Artifact
-from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.errors import EvaluationError
 from dynamo_kvtc.evaluation.codec_speed import CodecSpeed, EntropyCoding, entropy_coding, measure_codec
 from dynamo_kvtc.evaluation.environment import describe_environment
@@ -84,7 +84,7 @@ async def run_bench(
     artifact : Artifact
         Whose codecs are measured, on synthetic KV of its own statistics.
     ratios : Sequence[float], optional
-        Nominal ratios; by default all of the artifact.
+        Ratios of the artifact's plans; by default all of them.
     note : Callable
         Called with a line that says what happens next.
 
@@ -113,8 +113,8 @@ def bench_codecs(
     blocks = synthetic_blocks(artifact, settings.tier_blocks, settings.tier_block_tokens)
     benches = []
     for ratio in ratios or sorted(parameters.ratios.values()):
-        codec = KvtcCodec(parameters, ratio=ratio)
-        single = KvtcCodec(parameters, ratio=ratio, threads=1)
+        codec = open_codec(parameters, ratio=ratio)
+        single = open_codec(parameters, ratio=ratio, threads=1)
         speed = measure_codec(codec, single, blocks, repetitions=settings.repetitions)
         benches.append(CodecBench(ratio, speed, entropy_coding(codec, codec.encode(blocks))))
     return tuple(benches)

@@ -13,31 +13,34 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from dynamo_kvtc.codec import packing, rd_packing
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
 from dynamo_kvtc.codec.bitstream import encode_chunk, read_section, write_stream
 from dynamo_kvtc.codec.entropy import STORE
-from dynamo_kvtc.codec.packing import pack, unpack
+from dynamo_kvtc.codec.importance import predict_levels
 from dynamo_kvtc.codec.quantiser import PlanQuantiser
+from dynamo_kvtc.codec.rd_quantiser import RdQuantiser
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.codec.transform import SideTransform
 
 __all__ = ["CodecSpeed", "EntropyCoding", "decode_blocks", "entropy_coding", "measure_codec"]
 
 #: The functions whose time makes up each stage; what none of them covers is reported as "other".
-_ENCODE_STAGES: dict[str, Callable[..., Any]] = {
-    "remove RoPE": RopeParameters.rotate,
-    "project": SideTransform.forward,
-    "quantise": PlanQuantiser.quantise,
-    "pack": pack,
-    "entropy coding": encode_chunk,
-    "assemble": write_stream,
+_Stages = dict[str, tuple[Callable[..., Any], ...]]
+_ENCODE_STAGES: _Stages = {
+    "remove RoPE": (RopeParameters.rotate,),
+    "project": (SideTransform.forward,),
+    "quantise": (PlanQuantiser.quantise, predict_levels, RdQuantiser.quantise),
+    "pack": (packing.pack, rd_packing.pack),
+    "entropy coding": (encode_chunk,),
+    "assemble": (write_stream,),
 }
-_DECODE_STAGES: dict[str, Callable[..., Any]] = {
-    "verify and inflate": read_section,
-    "unpack": unpack,
-    "dequantise": PlanQuantiser.dequantise,
-    "project": SideTransform.inverse,
-    "apply RoPE": RopeParameters.rotate,
+_DECODE_STAGES: _Stages = {
+    "verify and inflate": (read_section,),
+    "unpack": (packing.unpack, rd_packing.unpack),
+    "dequantise": (PlanQuantiser.dequantise, RdQuantiser.dequantise),
+    "project": (SideTransform.inverse,),
+    "apply RoPE": (RopeParameters.rotate,),
 }
 
 
@@ -164,8 +167,8 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _shares(work: Callable[[], object], stages: dict[str, Callable[..., Any]]) -> dict[str, float]:
-    """Profile one run; the share of a stage is the time in its function and everything it calls."""
+def _shares(work: Callable[[], object], stages: _Stages) -> dict[str, float]:
+    """Profile one run; the share of a stage is the time in its functions and everything they call."""
     profiler = cProfile.Profile()
     profiler.enable()
     whole = _seconds(work)
@@ -174,7 +177,7 @@ def _shares(work: Callable[[], object], stages: dict[str, Callable[..., Any]]) -
         entry.code: entry.totaltime for entry in profiler.getstats() if isinstance(entry.code, CodeType)
     }
     shares = {
-        stage: seconds.get(cast(FunctionType, function).__code__, 0.0) / whole
-        for stage, function in stages.items()
+        stage: sum(seconds.get(cast(FunctionType, one).__code__, 0.0) for one in functions) / whole
+        for stage, functions in stages.items()
     }
     return shares | {"other": max(0.0, 1.0 - sum(shares.values()))}

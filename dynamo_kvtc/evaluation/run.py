@@ -36,7 +36,7 @@ def evaluate(
     texts: Sequence[Path],
     ratios: Sequence[float] | None = None,
     *,
-    profile: str = "kvtc",
+    profile: str | None = None,
     protocol: EvaluationProtocol | None = None,
     on_step: StepCallback | None = None,
 ) -> EvaluationReport:
@@ -51,16 +51,16 @@ def evaluate(
     texts : Sequence[Path]
         UTF-8 files, disjoint from the calibration's; documents are cut evenly from all of them.
     ratios : Sequence[float], optional
-        Nominal ratios; by default all of the artifact.
-    profile : str
-        One of `dynamo_kvtc.evaluation.codecs.PROFILES`.
+        Ratios of the artifact's plans; by default all of them.
+    profile : str, optional
+        One of `dynamo_kvtc.evaluation.codecs.PROFILES`; by default the artifact's own.
     protocol : EvaluationProtocol, optional
         Sizes; the published ones by default.
 
     Raises
     ------
     ArtifactMismatchError
-        If the artifact is another model's, or has no plan for a ratio.
+        If the artifact is another model's, of another profile, or has no plan for a ratio.
     EvaluationError
         If a text is too short, or profile and ratios contradict each other.
     CalibrationError

@@ -6,6 +6,8 @@ import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.codec.base import TierBlock
+from dynamo_kvtc.codec.importance import predict_levels, scales
+from dynamo_kvtc.codec.parameters import RdSideParameters
 
 __all__ = ["synthetic_blocks"]
 
@@ -15,8 +17,9 @@ def synthetic_blocks(
 ) -> list[TierBlock]:
     """Draw consecutive tier blocks of one sequence.
 
-    Coefficients are independent Gaussians of the calibrated variances. Real ones have heavier tails and
-    run together along a text, so sizes differ somewhat from those of real KV; the work is the same.
+    Coefficients are independent Gaussians of the calibrated variances (with rd, those that the importance
+    of tokens has scaled). Real ones have heavier tails and run together along a text, so sizes differ
+    somewhat from those of real KV; the work is the same.
 
     Parameters
     ----------
@@ -41,7 +44,11 @@ def synthetic_blocks(
         for name, side, target in (("keys", group.keys, keys), ("values", group.values, values)):
             deviations = artifact.variances[index, name].clamp(min=0).sqrt()
             drawn = torch.randn((tokens, deviations.numel()), generator=generator) * deviations
-            rows = (drawn @ side.basis[: deviations.numel()] + side.mean).view(tokens, -1, *shape[2:])
+            centred = drawn @ side.synthesis(torch.arange(deviations.numel()))
+            if isinstance(side, RdSideParameters):
+                levels = predict_levels(centred, side.importance, side.importance_bias)
+                centred /= scales(levels)[:, None]
+            rows = (centred + side.mean).view(tokens, -1, *shape[2:])
             if name == "keys":
                 rows = parameters.rope.apply_rope(rows, torch.arange(tokens))
             target[:, layers] = rows.to(geometry.torch_dtype)

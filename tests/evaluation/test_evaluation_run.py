@@ -154,10 +154,12 @@ def test_another_models_artifact_is_refused(
 
 
 def test_profiles_and_ratios_are_checked(tiny_artifact: Artifact) -> None:
-    with pytest.raises(EvaluationError, match="known: kvtc, raw"):
+    with pytest.raises(EvaluationError, match="known: rd, kvtc, raw"):
         codecs_under_test(tiny_artifact, "gzip")
     with pytest.raises(EvaluationError, match="leave out the ratios"):
         codecs_under_test(tiny_artifact, "raw", [8.0])
+    with pytest.raises(ArtifactMismatchError, match="is of profile kvtc, not rd"):
+        codecs_under_test(tiny_artifact, "rd")
     with pytest.raises(ArtifactMismatchError, match="no bit plan"):
         codecs_under_test(tiny_artifact, "kvtc", [7.0])
     assert [c.nominal_ratio for c in codecs_under_test(tiny_artifact, "kvtc", [4.0])] == [4.0]
