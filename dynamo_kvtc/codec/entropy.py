@@ -17,6 +17,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from itertools import accumulate, groupby
 
 from isal import isal_zlib
 
@@ -64,6 +65,9 @@ _RAW_WINDOW_MIN = -9
 # zlib's largest memory level: a Huffman code for up to 32,768 symbols.
 _MEM_LEVEL_MAX = 9
 
+# Share of zero bytes from which on shortening their runs gains more than it costs.
+_MANY_ZEROS = 0.8
+
 #: Bytes of any kind, contiguous.
 Buffer = bytes | bytearray | memoryview
 
@@ -101,7 +105,7 @@ class EntropyCoder(ABC):
         Parameters
         ----------
         runs : Sequence[int]
-            Sizes of the runs in bytes; the first one is shorter where `plain` is shorter than their sum.
+            Sizes of the runs in bytes, at least one; their sum is the size of `plain`.
         """
         return self.encode(plain)
 
@@ -195,8 +199,8 @@ class DeflateCoder(EntropyCoder):
 class HuffmanCoder(DeflateCoder):
     """DEFLATE for symbols of the rd profile: Huffman codes of their own for each run, no search.
 
-    Looking for repetitions loses 5 % on such symbols (`docs/science.md`), except where most bytes are
-    zero; there, runs of zeros are shortened. `DeflateCoder` decodes its chunks.
+    Looking for repetitions loses 5 % on such symbols (`docs/science.md`), except where nearly all bytes
+    are zero; there, runs of zeros are shortened. `DeflateCoder` decodes its chunks.
     """
 
     name = "deflate (Huffman codes)"
@@ -208,15 +212,23 @@ class HuffmanCoder(DeflateCoder):
     def encode_runs(self, plain: Buffer, runs: Sequence[int]) -> bytes:
         """Encode one chunk; a DEFLATE block ends with each run."""
         self._check_plain(plain)
-        mostly_zeros = 2 * bytes(plain).count(0) > len(plain)
-        strategy = zlib.Z_RLE if mostly_zeros else zlib.Z_HUFFMAN_ONLY
-        deflate = zlib.compressobj(1, zlib.DEFLATED, _RAW_WINDOW_MIN, _MEM_LEVEL_MAX, strategy)
-        view, coded = memoryview(plain), []
-        stop = len(view) - sum(runs)
-        for size in runs[:-1]:
-            start, stop = stop, stop + size
-            coded += [deflate.compress(view[max(start, 0) : stop]), deflate.flush(zlib.Z_BLOCK)]
-        return b"".join([*coded, deflate.compress(view[max(stop, 0) :]), deflate.flush()])
+        view, stops = memoryview(plain), list(accumulate(runs))
+        pieces = [view[stop - size : stop] for size, stop in zip(runs, stops, strict=True)]
+        groups = [(strategy, list(alike)) for strategy, alike in groupby(pieces, key=_strategy)]
+        coded: list[bytes] = []
+        for index, (strategy, alike) in enumerate(groups):
+            deflate = zlib.compressobj(1, zlib.DEFLATED, _RAW_WINDOW_MAX, _MEM_LEVEL_MAX, strategy)
+            for piece in alike[:-1]:
+                coded += [deflate.compress(piece), deflate.flush(zlib.Z_BLOCK)]
+            # Strategies cannot change within a stream of zlib's; ended at a byte, streams can be joined.
+            last = zlib.Z_FINISH if index == len(groups) - 1 else zlib.Z_SYNC_FLUSH
+            coded += [deflate.compress(alike[-1]), deflate.flush(last)]
+        return b"".join(coded)
+
+
+def _strategy(plain: memoryview) -> int:
+    zeros = bytes(plain).count(0)
+    return zlib.Z_RLE if zeros > _MANY_ZEROS * len(plain) else zlib.Z_HUFFMAN_ONLY
 
 
 _lock = threading.Lock()

@@ -45,12 +45,13 @@ class KvtcSideCodec(SideCodec):
         size = self._layout.payload_size(tokens)
         return size, size
 
-    def encode(self, rows: torch.Tensor) -> NDArray[np.uint8]:
-        """Return the payload of rows; see `SideCodec.encode`."""
+    def encode(self, rows: torch.Tensor) -> tuple[NDArray[np.uint8], Chunks]:
+        """Return the payload of rows and its chunks; see `SideCodec.encode`."""
         # A plan without groups leaves no side data whose range could be checked.
         if not self._layout.num_groups and not torch.isfinite(rows).all():
             raise EncodeRangeError("the KV holds NaN or infinity; keep this block raw")
-        return pack(self._quantiser.quantise(self._transform.forward(rows)))
+        payload = pack(self._quantiser.quantise(self._transform.forward(rows)))
+        return payload, self.max_chunks(rows.shape[0])
 
     def decode(self, payload: NDArray[np.uint8], tokens: int) -> torch.Tensor:
         """Return the coefficients of a payload; see `SideCodec.decode`."""

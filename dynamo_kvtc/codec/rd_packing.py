@@ -2,7 +2,7 @@
 
 A payload is side data (number of escapes, levels, escapes), then five regions of symbols: the high and the
 low bytes of WIDE components, BYTE, NIBBLE and TRIT components; component-major, since entropy coders need
-peaked statistics. Only the side data's size depends on the data; it is a chunk of its own.
+peaked statistics. Only the size of the side data depends on the data.
 
 An escape is a symbol beyond its class's limit. It is stored clamped in its region, and in full among the
 escapes.
@@ -23,10 +23,13 @@ from dynamo_kvtc.codec.rd_plan import SymbolClass
 from dynamo_kvtc.codec.rd_rows import pack_rows, row_bytes, unpack_rows
 from dynamo_kvtc.errors import ChunkTableError, EncodeRangeError, PayloadError, ReservedBitsError
 
-__all__ = ["ESCAPE_BYTES", "MAX_ESCAPES", "RdLayout", "RdSection", "pack", "unpack"]
+__all__ = ["ESCAPE_BYTES", "MAX_ESCAPES", "MAX_TOKEN_ESCAPES", "RdLayout", "RdSection", "pack", "unpack"]
 
 #: Largest number of escapes in a section.
 MAX_ESCAPES = 8_192
+
+#: Largest number of escapes in a section for each of its coded tokens, on average.
+MAX_TOKEN_ESCAPES = 32
 
 #: Bytes of an escape before entropy coding: 4 of its gap, 2 of its value.
 ESCAPE_BYTES = 6
@@ -38,9 +41,6 @@ _RUN_BYTES = 400
 
 #: A region smaller than this shares a run with the next one.
 _LEAST_RUN_BYTES = 256
-
-#: The region that is mostly zeros gets a chunk of its own from this size on.
-_LEAST_CHUNK_BYTES = 1_024
 
 _COUNT_BYTES = 4
 
@@ -87,7 +87,8 @@ class RdLayout:
     def max_escapes(self, tokens: int) -> int:
         """Return the most escapes that a section may have; its side data stays one DEFLATE chunk."""
         escapable = sum(self.counts[SymbolClass.BYTE :]) * tokens
-        return min(MAX_ESCAPES, escapable, (_CHUNK_BYTES - self.side_size(tokens)) // ESCAPE_BYTES)
+        room = (_CHUNK_BYTES - self.side_size(tokens)) // ESCAPE_BYTES
+        return min(MAX_ESCAPES, MAX_TOKEN_ESCAPES * tokens, escapable, room)
 
     def payload_bounds(self, tokens: int) -> tuple[int, int]:
         """Return the least and the most bytes of a payload."""
@@ -95,42 +96,54 @@ class RdLayout:
         most = self.side_size(tokens, self.max_escapes(tokens))
         return symbols + self.side_size(tokens), symbols + most
 
-    def max_chunks(self, tokens: int) -> list[tuple[int, ...]]:
-        """Return the runs of the chunks that a payload is cut into; the first chunk may be smaller."""
-        side = self.side_size(tokens, self.max_escapes(tokens))
+    def max_chunks(self, tokens: int) -> list[list[int]]:
+        """Return the chunks of the largest payload; see `chunks`."""
+        return self.chunks(tokens, self.payload_bounds(tokens)[1])
+
+    def chunks(self, tokens: int, payload_size: int) -> list[list[int]]:
+        """Return the runs of the chunks that the encoder cuts a payload of this size into.
+
+        Escapes make the first chunk larger; their planes are runs, those that are nearly zero in one.
+        """
+        escapes = (payload_size - self.payload_bounds(tokens)[0]) // ESCAPE_BYTES
+        planes = (self.side_size(tokens), escapes, escapes, (ESCAPE_BYTES - 2) * escapes)
         wide, *others = self.class_sizes(tokens)
-        return [(side,), *cut((wide // 2, wide // 2, *others), tokens)]
+        most = self.side_size(tokens, self.max_escapes(tokens))
+        first, *rest = join_runs([most, *cut((wide // 2, wide // 2, *others), tokens)])
+        return [[run for run in planes if run] + first[1:], *rest]
 
 
-def cut(regions: Sequence[int], tokens: int) -> list[tuple[int, ...]]:
-    """Cut the regions of symbols into runs, and join runs to chunks.
+def cut(regions: Sequence[int], tokens: int) -> list[int]:
+    """Cut the regions of symbols into runs, each to be coded with a Huffman code of its own.
 
-    A run is coded with a Huffman code of its own. Long ones mix components of different rates, short ones
-    do not pay for their code; the best length grows with the tokens of a component (`docs/science.md`).
-    The last region, which is mostly zeros, is not joined to others in a chunk.
+    Long runs mix components of different rates, short ones do not pay for their code; the best length
+    grows with the tokens of a component (`docs/science.md`).
 
     Returns
     -------
-    list[tuple[int, ...]]
-        Sizes of the runs of each chunk, none of them 0.
+    list[int]
+        Sizes of the runs, none of them 0.
     """
-    target = min(_RUN_BYTES * isqrt(tokens), _CHUNK_BYTES // 2)
-    chunks: list[list[int]] = [[]]
+    target = min(_RUN_BYTES * isqrt(tokens), _CHUNK_BYTES // 4)
+    runs: list[int] = []
     pending = 0
-    for index, region in enumerate(regions):
-        size, pending = region + pending, 0
-        last = index == len(regions) - 1
-        if size < _LEAST_RUN_BYTES and not last:
-            pending = size
-            continue
-        pieces = max(1, round(size / target))
-        if last and size >= _LEAST_CHUNK_BYTES:
+    for region in regions:
+        pending += region
+        if pending >= _LEAST_RUN_BYTES:
+            pieces = max(1, round(pending / target))
+            runs += [pending * (i + 1) // pieces - pending * i // pieces for i in range(pieces)]
+            pending = 0
+    return runs + [pending] * bool(pending)
+
+
+def join_runs(runs: Sequence[int]) -> list[list[int]]:
+    """Join runs to chunks that are as long as they may be."""
+    chunks: list[list[int]] = [[]]
+    for run in runs:
+        if sum(chunks[-1]) + run > _CHUNK_BYTES:
             chunks.append([])
-        for start, stop in pairwise(size * i // pieces for i in range(pieces + 1)):
-            if sum(chunks[-1]) + stop - start > _CHUNK_BYTES:
-                chunks.append([])
-            chunks[-1].append(stop - start)
-    return [tuple(run for run in chunk if run) for chunk in chunks if any(chunk)]
+        chunks[-1].append(run)
+    return chunks
 
 
 def pack(section: RdSection, layout: RdLayout) -> NDArray[np.uint8]:
@@ -210,10 +223,17 @@ def _pack_side(
     nibbles[: levels.size] = levels - MIN_LEVEL
     packed_levels = nibbles[0::2] | nibbles[1::2] << 4
     # Gaps and magnitudes are small numbers, so their planes of high bytes are mostly zeros.
-    gaps = (np.diff(indices, prepend=-1) - 1).astype(">u4").view(np.uint8).reshape(-1, 4)
+    gaps = _planes(np.diff(indices, prepend=-1) - 1, "<u4")
     wide = values.astype(np.int32)
-    zigzag = np.where(wide < 0, -2 * wide - 1, 2 * wide).astype(">u2").view(np.uint8).reshape(-1, 2)
-    return np.concatenate([count, packed_levels, gaps.T.reshape(-1), zigzag.T.reshape(-1)])
+    zigzag = _planes(np.where(wide < 0, -2 * wide - 1, 2 * wide), "<u2")
+    return np.concatenate([count, packed_levels, gaps[0], zigzag[0], gaps[1:].reshape(-1), zigzag[1]])
+
+
+def _planes(numbers: NDArray[np.signedinteger], dtype: str) -> NDArray[np.uint8]:
+    """Return the bytes of numbers, the lowest of all first: ``[bytes, numbers]``."""
+    data = numbers.astype(dtype)
+    planes: NDArray[np.uint8] = data.view(np.uint8).reshape(data.size, data.itemsize).T
+    return planes
 
 
 def _unpack_levels(data: NDArray[np.uint8], tokens: int) -> NDArray[np.int8]:
@@ -227,9 +247,9 @@ def _unpack_levels(data: NDArray[np.uint8], tokens: int) -> NDArray[np.int8]:
 def _restore(symbols: NDArray[np.int16], layout: RdLayout, data: NDArray[np.uint8]) -> None:
     """Put escapes in the place of their clamped symbols."""
     escapes = data.size // ESCAPE_BYTES
-    planes = data.reshape(ESCAPE_BYTES, escapes)
-    gaps = np.ascontiguousarray(planes[:4].T).view(">u4").reshape(-1).astype(np.int64)
-    zigzag = np.ascontiguousarray(planes[4:].T).view(">u2").reshape(-1).astype(np.int32)
+    planes = data.reshape(ESCAPE_BYTES, escapes).astype(np.int64)
+    gaps = planes[0] | planes[2] << 8 | planes[3] << 16 | planes[4] << 24
+    zigzag = planes[1] | planes[5] << 8
     indices = np.cumsum(gaps + 1) - 1
     if indices[-1] >= symbols.size:
         raise PayloadError("an escape lies behind the last symbol; drop the stream")

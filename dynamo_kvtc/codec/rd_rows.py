@@ -45,7 +45,8 @@ def pack_rows(symbols: NDArray[np.int16], symbol_class: SymbolClass) -> NDArray[
     packed = digits[:, per_byte - 1 :: per_byte].copy()
     for place in range(per_byte - 2, -1, -1):
         packed = packed * np.uint8(base) + digits[:, place::per_byte]
-    return packed.reshape(-1)
+    joined: NDArray[np.uint8] = packed.reshape(-1)
+    return joined
 
 
 def unpack_rows(

@@ -47,8 +47,8 @@ class RdSideCodec(SideCodec):
         """Return the sizes of payloads without escapes and with the most."""
         return self._layout.payload_bounds(tokens)
 
-    def encode(self, rows: torch.Tensor) -> NDArray[np.uint8]:
-        """Return the payload of rows; see `SideCodec.encode`.
+    def encode(self, rows: torch.Tensor) -> tuple[NDArray[np.uint8], Chunks]:
+        """Return the payload of rows and its chunks; see `SideCodec.encode`.
 
         Raises
         ------
@@ -62,7 +62,8 @@ class RdSideCodec(SideCodec):
         side = self._side
         levels = predict_levels(rows - side.mean, side.importance, side.importance_bias)
         symbols = self._quantiser.quantise(self._transform.forward(rows), scales(levels))
-        return pack(RdSection(levels.numpy(), symbols.numpy()), self._layout)
+        payload = pack(RdSection(levels.numpy(), symbols.numpy()), self._layout)
+        return payload, self._layout.chunks(levels.numel(), payload.size)
 
     def decode(self, payload: NDArray[np.uint8], tokens: int) -> torch.Tensor:
         """Return the coefficients of a payload, scales undone; see `SideCodec.decode`."""

@@ -35,9 +35,9 @@ class SideCodec(ABC):
 
     @abstractmethod
     def max_chunks(self, tokens: int) -> Chunks:
-        """Return the chunks that a payload of some coded tokens is cut into, none of them of size 0.
+        """Return the chunks of the largest payload of some coded tokens, none of them of size 0.
 
-        A payload may be smaller than their sum; its first chunk is smaller then.
+        Each payload of as many tokens has as many chunks.
         """
 
     @abstractmethod
@@ -45,8 +45,8 @@ class SideCodec(ABC):
         """Return the least and the most bytes of a payload of some coded tokens."""
 
     @abstractmethod
-    def encode(self, rows: torch.Tensor) -> NDArray[np.uint8]:
-        """Return the payload of float32 rows ``[tokens, row]``.
+    def encode(self, rows: torch.Tensor) -> tuple[NDArray[np.uint8], Chunks]:
+        """Return the payload of float32 rows ``[tokens, row]``, and the chunks to cut it into.
 
         Raises
         ------

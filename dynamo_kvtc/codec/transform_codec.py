@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import ClassVar
 
 import numpy as np
@@ -241,8 +242,7 @@ class TransformCodec(KvCodec):
             values = block_values[coded, span].float()
             for kind, kv in ((SectionKind.KEYS, keys), (SectionKind.VALUES, values)):
                 side = self._side(group, kind, plan_id)
-                chunks = side.max_chunks(positions.numel())
-                sections.append(self._section(layers, kind, side.encode(kv.flatten(1)), chunks))
+                sections.append(self._section(layers, kind, *side.encode(kv.flatten(1))))
             if sinks:
                 payload = sink_codec.encode(block_keys[:sinks, span], block_values[:sinks, span])
                 chunks = [(size,) for size in sink_codec.chunk_sizes(layers.count, sinks)]
@@ -252,13 +252,10 @@ class TransformCodec(KvCodec):
     def _section(
         self, layers: LayerRange, kind: SectionKind, payload: NDArray[np.uint8], chunks: Chunks
     ) -> _PendingSection:
-        """Cut a payload; it may be smaller than its chunks' largest sizes by what its first one lacks."""
-        view, pieces = payload.data, []
-        for runs in reversed(chunks):
-            start = max(0, len(view) - sum(runs))
-            pieces.append((view[start:], runs))
-            view = view[:start]
-        return _PendingSection(layers, kind, self._map(self._encode_chunk, reversed(pieces)))
+        sizes = [sum(runs) for runs in chunks]
+        view, stops = payload.data, accumulate(sizes)
+        pieces = [view[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]
+        return _PendingSection(layers, kind, self._map(self._encode_chunk, zip(pieces, chunks, strict=True)))
 
     def _encode_chunk(self, piece: tuple[memoryview, Sequence[int]]) -> EncodedChunk:
         plain, runs = piece

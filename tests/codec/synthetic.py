@@ -100,9 +100,16 @@ def make_parameters(
 
 
 def random_rd_plan(components: int, step: float, generator: torch.Generator) -> RdPlan:
-    """A valid plan of all classes, large coefficients in the wide ones, that leaves some components out."""
+    """A valid plan for the coefficients of `make_block` that leaves some components out.
+
+    Every class is used as soon as there are four components; few symbols are beyond their class.
+    """
     stored = torch.randperm(components, generator=generator)[: max(1, components * 9 // 10)].sort().values
-    borders = [0, *(stored.numel() * share // 16 for share in (1, 4, 10)), stored.numel()]
+    deviations = spectrum(components)[stored] / step
+    borders = [int((deviations > limit).sum()) for limit in (30, 1.5, 0.4)]
+    most = max(0, stored.numel() - 3)
+    borders = [min(max(border, index), most + index) for index, border in enumerate(borders, 1)]
+    borders = [0, *(min(border, stored.numel()) for border in borders), stored.numel()]
     return RdPlan(
         step=step,
         components=stored,
@@ -110,6 +117,11 @@ def random_rd_plan(components: int, step: float, generator: torch.Generator) -> 
         rounding=0.2 + 0.3 * torch.rand(stored.numel(), generator=generator),
         offsets=0.2 * torch.rand(2, stored.numel(), generator=generator) - 0.1,
     )
+
+
+def spectrum(components: int) -> torch.Tensor:
+    """Standard deviations of the coefficients of `make_block`."""
+    return 4.0 / (1 + torch.arange(components)) ** 0.5
 
 
 def make_rd_parameters(
@@ -168,8 +180,7 @@ def make_block(
             side = getattr(group, name)
             rank = side.basis.shape[0]
             weights = side.synthesis(torch.arange(rank))
-            spectrum = 4.0 / (1 + torch.arange(rank)) ** 0.5
-            rows.append(torch.randn(tokens, rank, generator=generator) * spectrum @ weights + side.mean)
+            rows.append(torch.randn(tokens, rank, generator=generator) * spectrum(rank) @ weights + side.mean)
         sides.append(torch.cat(rows, dim=1).view(tokens, geometry.num_layers, geometry.num_kv_heads, -1))
     keys, values = (side + noise * torch.randn(side.shape, generator=generator) for side in sides)
     positions = torch.arange(first_position, first_position + tokens)
