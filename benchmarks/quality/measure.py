@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.quality.codecs.base import DocumentCodec, StoredKv
 from benchmarks.quality.tasks.base import Document, Probe
+from dynamo_kvtc.calibration.divergence import DistributionSums
+from dynamo_kvtc.calibration.model_cache import prefill, score
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.errors import EvaluationError
-from dynamo_kvtc.evaluation.metrics import DistributionSums
-from dynamo_kvtc.evaluation.model_cache import prefill, score
 
 __all__ = ["DocumentScore", "measure_document"]
 

@@ -8,11 +8,11 @@ import torch
 
 from dynamo_kvtc.calibration.artifact_writer import MeasuredPlan
 from dynamo_kvtc.calibration.capture import SINK_TOKENS
+from dynamo_kvtc.calibration.divergence import DistributionSums
+from dynamo_kvtc.calibration.model_cache import prefill, score
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
 from dynamo_kvtc.errors import CalibrationError
-from dynamo_kvtc.evaluation.metrics import DistributionSums
-from dynamo_kvtc.evaluation.model_cache import prefill, score
 
 __all__ = ["Validator"]
 

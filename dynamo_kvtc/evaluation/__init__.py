@@ -1,6 +1,6 @@
 """What an artifact costs and saves, measured: quality on held-out text, and speed on this machine.
 
-Owns the evaluation protocol, the comparison of next-token distributions, the attribution of stored bytes,
+Owns the evaluation protocol, the comparison of decoded rows, the attribution of stored bytes,
 the measurements behind ``evaluate``, ``bench`` and the scripts in ``benchmarks/``. Does not own how anything
 is encoded, stored or served: it only calls the other rooms, as a user would.
 """

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact
+from dynamo_kvtc.calibration.divergence import DistributionSums
+from dynamo_kvtc.calibration.model_cache import prefill, score
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.calibration.text import Documents
 from dynamo_kvtc.codec.base import TierBlock
@@ -19,8 +21,7 @@ from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import EvaluationError
 from dynamo_kvtc.evaluation.bootstrap import ratio_interval
 from dynamo_kvtc.evaluation.codecs import CodecUnderTest, codecs_under_test
-from dynamo_kvtc.evaluation.metrics import DistributionSums, RowErrorSums
-from dynamo_kvtc.evaluation.model_cache import prefill, score
+from dynamo_kvtc.evaluation.metrics import RowErrorSums
 from dynamo_kvtc.evaluation.protocol import EvaluationProtocol
 from dynamo_kvtc.evaluation.report import EvaluationReport, EvaluationRow
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact
+from dynamo_kvtc.calibration.model_cache import prefill, score
 from dynamo_kvtc.calibration.models import LoadedModel, load_model
 from dynamo_kvtc.codec.base import TierBlock
 from dynamo_kvtc.codec.kvtc import KvtcCodec
@@ -23,7 +24,6 @@ from dynamo_kvtc.evaluation import (
     evaluate,
     evaluate_codecs,
 )
-from dynamo_kvtc.evaluation.model_cache import prefill, score
 from dynamo_kvtc.evaluation.plot import plot_ratio_against_kl
 from dynamo_kvtc.evaluation.run import read_documents
 

@@ -17,12 +17,12 @@ from benchmarks.quality.codecs.pca import PcaCodec
 from benchmarks.quality.codecs.rotation import RotationCodec, lloyd_max_normal
 from benchmarks.quality.codecs.streams import StreamCodec
 from dynamo_kvtc.calibration.artifact import Artifact
+from dynamo_kvtc.calibration.model_cache import prefill
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.errors import EvaluationError
-from dynamo_kvtc.evaluation.model_cache import prefill
 
 LAYERS, HEADS, SIZE = 3, 2, 16
 VECTORS_PER_TOKEN = 2 * LAYERS * HEADS
