@@ -17,6 +17,9 @@ __all__ = ["LEVELS", "MAX_LEVEL", "MIN_LEVEL", "predict_levels", "scales"]
 MIN_LEVEL, MAX_LEVEL = -5, 10
 LEVELS = MAX_LEVEL - MIN_LEVEL + 1
 
+# From a table, so that they are the same everywhere to the last bit.
+_SCALES = torch.tensor([2.0 ** (level / 2) for level in range(MIN_LEVEL, MAX_LEVEL + 1)])
+
 
 def predict_levels(centred: torch.Tensor, weights: torch.Tensor, bias: float) -> torch.Tensor:
     """Predict the importance of tokens.
@@ -38,4 +41,4 @@ def predict_levels(centred: torch.Tensor, weights: torch.Tensor, bias: float) ->
 
 def scales(levels: torch.Tensor) -> torch.Tensor:
     """Return the factors of the tokens' coefficients, ``2 ** (level / 2)``: float32 ``[tokens]``."""
-    return torch.exp2(levels.float() / 2)
+    return _SCALES[levels.long() - MIN_LEVEL]

@@ -256,7 +256,8 @@ def _restore(symbols: NDArray[np.int16], layout: RdLayout, data: NDArray[np.uint
     values = np.where(zigzag & 1, -(zigzag + 1) // 2, zigzag // 2)
     limits = np.repeat([symbol_class.limit for symbol_class in SymbolClass], layout.counts)
     limit = limits[indices // symbols.shape[1]]
-    flat = symbols.reshape(-1)
-    if (np.abs(values) <= limit).any() or (values.clip(-limit, limit) != flat[indices]).any():
+    flat, magnitudes = symbols.reshape(-1), np.abs(values)
+    in_range = (limit < magnitudes) & (magnitudes <= SymbolClass.WIDE.limit)
+    if not (in_range & (values.clip(-limit, limit) == flat[indices])).all():
         raise PayloadError("an escape does not agree with its class or its clamped symbol; drop the stream")
     flat[indices] = values

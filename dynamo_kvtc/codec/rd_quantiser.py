@@ -61,7 +61,7 @@ class RdQuantiser:
     """
 
     def __init__(self, plan: RdPlan) -> None:
-        self._step = plan.step
+        self._step = torch.tensor(plan.step, dtype=torch.float32)
         self._rounding = plan.rounding[:, None]
         self._offsets = plan.offsets[:, :, None]
 

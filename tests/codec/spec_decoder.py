@@ -15,7 +15,9 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import spec_rd
 import xxhash
+from spec_error import SpecError, require
 
 DTYPES = {1: "bfloat16", 2: "float16", 3: "float32"}
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -25,22 +27,9 @@ INFINITE_FROM = {
     "float16": 2.0**16 - 2.0**4,
     "float32": 2.0**128 - 2.0**103,
 }
-RAW, KVTC = 0, 1
+RAW, KVTC, RD = 0, 1, 2
 KEYS, VALUES, SINKS, RAW_KV = 1, 2, 3, 4
 BITS = {"FP8": 8, "INT4": 4, "INT2": 2}
-
-
-class SpecError(Exception):
-    """A violation; `kind` is the error's name in section 8."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
-        self.kind = kind
-
-
-def require(condition: bool, kind: str) -> None:
-    if not condition:
-        raise SpecError(kind)
 
 
 @dataclass
@@ -102,7 +91,7 @@ def read_header(data: bytes) -> Header:
     require(all(1 <= number <= 4096 for number in (layers, heads, head_size)), "SizeLimitError")
     require(1 <= tokens <= 65536 and sinks <= tokens, "SizeLimitError")
     require(position <= 2**48 - tokens, "SizeLimitError")
-    require(profile in (RAW, KVTC) and dtype in DTYPES, "UnsupportedVersionError")
+    require(profile in (RAW, KVTC, RD) and dtype in DTYPES, "UnsupportedVersionError")
     require(sink_bits in (8, 16), "UnsupportedVersionError")
     header = Header(
         profile, DTYPES[dtype], sink_bits, plan_id, layers, heads, head_size, tokens, sinks, position,
@@ -146,8 +135,8 @@ def read_table(header: Header, data: bytes, num_chunks: int) -> None:
     require(layer == header.layers, "ChunkTableError")
 
 
-def read_payload(data: bytes, chunks: list[Chunk], expected: int) -> bytes:
-    require(sum(chunk.plain for chunk in chunks) == expected, "ChunkTableError")
+def read_payload(data: bytes, chunks: list[Chunk], least: int, most: int) -> bytes:
+    require(least <= sum(chunk.plain for chunk in chunks) <= most, "ChunkTableError")
     payload = b""
     for chunk in chunks:
         end = chunk.offset + chunk.stored
@@ -340,6 +329,8 @@ def decode(data: bytes, parameters: dict) -> tuple[Header, dict[str, list[float]
         for (layer, _), sections in header.groups.items():
             decode_raw_layer(data, header, layer, sections[RAW_KV], kv)
     else:
+        profile = {"KVTC": KVTC, "RD": RD}[parameters.get("profile", "KVTC")]
+        require(header.profile == profile, "StreamMismatchError")
         require(list(header.groups) == [(g["first"], g["count"]) for g in parameters["groups"]],
                 "StreamMismatchError")  # fmt: skip
         for group in parameters["groups"]:
@@ -353,7 +344,8 @@ def decode(data: bytes, parameters: dict) -> tuple[Header, dict[str, list[float]
 
 def decode_raw_layer(data: bytes, header: Header, layer: int, chunks: list[Chunk], kv: dict) -> None:
     size = header.heads * header.head_size
-    payload = read_payload(data, chunks, 2 * header.tokens * size * ITEMSIZE[header.dtype])
+    expected = 2 * header.tokens * size * ITEMSIZE[header.dtype]
+    payload = read_payload(data, chunks, expected, expected)
     numbers = floats(payload, header.dtype)
     for s, side in enumerate(("keys", "values")):
         for token in range(header.tokens):
@@ -368,8 +360,13 @@ def decode_group(data: bytes, header: Header, group: dict, rope: dict, kv: dict)
     for kind, side in ((KEYS, "keys"), (VALUES, "values")):
         require(str(header.plan_id) in group[side]["plans"], "UnsupportedVersionError")
         plan = group[side]["plans"][str(header.plan_id)]
-        payload = read_payload(data, sections[kind], side_size(plan, n))
-        rows = reconstruct(read_side(payload, plan, n), group[side], n)
+        if header.profile == RD:
+            payload = read_payload(data, sections[kind], *spec_rd.bounds(plan, n))
+            rows = spec_rd.reconstruct(spec_rd.read_rows(payload, plan, n), group[side], n)
+        else:
+            expected = side_size(plan, n)
+            payload = read_payload(data, sections[kind], expected, expected)
+            rows = reconstruct(read_side(payload, plan, n), group[side], n)
         for i, row in enumerate(rows):
             token = header.sinks + i
             for layer in range(count):
@@ -382,7 +379,8 @@ def decode_group(data: bytes, header: Header, group: dict, rope: dict, kv: dict)
                     numbers = [min(max(number, -65504.0), 65504.0) for number in numbers]
                 kv[side][token][first + layer] = numbers
     if header.sinks:
-        payload = read_payload(data, sections[SINKS], sink_size(header, count))
+        expected = sink_size(header, count)
+        payload = read_payload(data, sections[SINKS], expected, expected)
         numbers = read_sinks(payload, header, count)
         for s, side in enumerate(("keys", "values")):
             for layer in range(count):
@@ -395,7 +393,18 @@ def load_parameters(path: Path) -> dict:
     """Parameters of golden streams: JSON, arrays as base64 of little-endian float16."""
     parameters = json.loads(path.read_text())
     for group in parameters["groups"]:
-        for side in ("keys", "values"):
-            for name in ("mean", "basis"):
-                group[side][name] = floats(base64.b64decode(group[side][name]), "float16")
+        for side in (group["keys"], group["values"]):
+            for name in {"mean", "basis", "metric", "importance"} & set(side):
+                side[name] = floats(base64.b64decode(side[name]), "float16")
+            if "metric" in side:
+                prepare_rd(side, parameters["geometry"]["head_size"])
     return parameters
+
+
+def prepare_rd(side: dict, d: int) -> None:
+    flat = side["metric"]
+    rows = [flat[start : start + d] for start in range(0, len(flat), d)]
+    side["inverse"] = [spec_rd.invert(rows[start : start + d]) for start in range(0, len(rows), d)]
+    side["head_size"] = d
+    for plan in side["plans"].values():
+        plan["offsets"] = floats(base64.b64decode(plan["offsets"]), "float16")

@@ -13,7 +13,9 @@ from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import Profile, SectionKind, parse_header
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.raw import RawCodec
+from dynamo_kvtc.codec.rd_reference import RdReferenceCodec
 from dynamo_kvtc.codec.reference import ReferenceCodec
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.kvtc"))
@@ -24,9 +26,10 @@ def decoders(stream: bytes, case: str) -> list[KvCodec]:
     header = parse_header(stream)
     if header.profile is Profile.RAW:
         return [RawCodec(parameters.geometry, parameters.artifact_id)]
+    reference = RdReferenceCodec if header.profile is Profile.RD else ReferenceCodec
     return [
-        KvtcCodec(parameters, compute_dtype="float32", threads=1),
-        ReferenceCodec(parameters, ratio=parameters.ratios[header.plan_id]),
+        open_codec(parameters, compute_dtype="float32", threads=1),
+        reference(parameters, ratio=parameters.ratios[header.plan_id]),
     ]
 
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
 from dynamo_kvtc.codec.bitstream import Profile, parse_header
-from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.errors import BitstreamError
 
 #: Small streams with all kinds of sections, coders and several layer groups.
-CASES = ("groups.plan7-sinks8", "groups.plan9-sinks16", "linear.only-sinks", "gqa.one-token", "yarn.raw")
+CASES = ("groups.plan7-sinks8", "groups.plan9-sinks16", "linear.only-sinks", "gqa.one-token", "yarn.raw",
+         "rd-groups.plan1", "rd-tiny.plan2-sinks8")  # fmt: skip
 FIXED, ENTRY = 128, 32
 
 hostile = settings(max_examples=60, deadline=None)
@@ -43,7 +44,7 @@ def codec(case: str) -> KvCodec:
     parameters = from_json(parameter_file(case).read_text())
     if parse_header(golden(case)).profile is Profile.RAW:
         return RawCodec(parameters.geometry, parameters.artifact_id)
-    return KvtcCodec(parameters, compute_dtype="float32", threads=1)
+    return open_codec(parameters, compute_dtype="float32", threads=1)
 
 
 @cache

@@ -23,13 +23,13 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "codec")]
 
 import spec_decoder  # noqa: E402
 from golden_files import GOLDEN, from_json, parameter_file, plan, to_json  # noqa: E402
-from synthetic import make_block, make_parameters  # noqa: E402
+from synthetic import make_block, make_parameters, make_rd_parameters  # noqa: E402
 
 from dynamo_kvtc.codec.base import KvCodec  # noqa: E402
 from dynamo_kvtc.codec.entropy import DeflateCoder  # noqa: E402
 from dynamo_kvtc.codec.geometry import KvGeometry  # noqa: E402
-from dynamo_kvtc.codec.kvtc import KvtcCodec  # noqa: E402
-from dynamo_kvtc.codec.parameters import CodecParameters, GroupParameters, SideParameters  # noqa: E402
+from dynamo_kvtc.codec.open import open_codec  # noqa: E402
+from dynamo_kvtc.codec.parameters import AnyParameters, GroupParameters, SideParameters  # noqa: E402
 from dynamo_kvtc.codec.raw import RawCodec  # noqa: E402
 from dynamo_kvtc.codec.rope import RopeParameters  # noqa: E402
 
@@ -70,6 +70,13 @@ PARAMETERS = {
     ),
 }
 
+#: Geometry, layer groups and steps by plan of the parameters of profile rd.
+RD_PARAMETERS = {
+    "rd-gqa": (KvGeometry(4, 2, 8, "bfloat16"), 1, (0.02, 0.3)),
+    "rd-groups": (KvGeometry(3, 1, 6, "float16"), 2, (0.25,)),
+    "rd-tiny": (KvGeometry(1, 1, 2, "float32"), 1, (0.5, 1e9)),
+}
+
 #: Plan id (None for profile raw), tokens, first position, sink tokens, sink bits.
 CASES = {
     "gqa.plan1": (1, 32, 64, 0, 8),
@@ -85,10 +92,18 @@ CASES = {
     "yarn.raw": (None, 2, 7, 0, 16),
     "linear.only-sinks": (1, 4, 0, 4, 8),
     "linear.plan1": (1, 10, 20, 0, 8),
+    "rd-gqa.plan1": (1, 33, 64, 0, 8),
+    "rd-gqa.plan2-sinks8": (2, 16, 0, 4, 8),
+    "rd-gqa.only-sinks": (2, 4, 0, 4, 16),
+    "rd-groups.plan1": (1, 12, 128, 0, 8),
+    "rd-tiny.one-token": (1, 1, 1_000_000, 0, 8),
+    "rd-tiny.plan2-sinks8": (2, 7, 0, 1, 8),
 }
 
 
-def codec_parameters(name: str) -> CodecParameters:
+def codec_parameters(name: str) -> AnyParameters:
+    if name in RD_PARAMETERS:
+        return rd_parameters(name)
     geometry, groups, rope, plans = PARAMETERS[name]
     parameters = make_parameters(geometry, groups=groups, rope=rope, ratios=(1.0,), seed=len(name))
     generator = torch.Generator().manual_seed(1)
@@ -110,18 +125,24 @@ def codec_parameters(name: str) -> CodecParameters:
     return replace(parameters, groups=tuple(made), ratios=ratios, artifact_id=artifact_id)
 
 
-def codec_for(case: str, parameters: CodecParameters) -> KvCodec:
+def rd_parameters(name: str) -> AnyParameters:
+    geometry, groups, steps = RD_PARAMETERS[name]
+    artifact_id = name.encode().ljust(32, b".")
+    return replace(make_rd_parameters(geometry, groups=groups, steps=steps), artifact_id=artifact_id)
+
+
+def codec_for(case: str, parameters: AnyParameters) -> KvCodec:
     plan_id, _, _, _, sink_bits = CASES[case]
     if plan_id is None:
         coder = DeflateCoder() if case.endswith("deflate") else None
         return RawCodec(parameters.geometry, parameters.artifact_id, coder)
-    return KvtcCodec(
+    return open_codec(
         parameters, ratio=parameters.ratios[plan_id], sink_bits=sink_bits, compute_dtype="float32", threads=1
     )
 
 
 def main() -> None:
-    for name in PARAMETERS:
+    for name in (*PARAMETERS, *RD_PARAMETERS):
         path = parameter_file(name)
         if not path.exists():
             path.write_text(to_json(codec_parameters(name)))
