@@ -28,6 +28,9 @@ SHRINKAGE = 0.02
 #: would explain, few enough for some thousands of rows.
 FEATURES = 256
 
+#: Components with less than this share of the largest one's variance do not vary, in float32.
+NEGLIGIBLE = 1e-6
+
 #: Ridge penalty of the prediction, in rows: the features have unit variance.
 RIDGE = 1000.0
 
@@ -125,21 +128,9 @@ def fisher_blocks(gradients: torch.Tensor, head_size: int) -> torch.Tensor:
     -------
     torch.Tensor
         float64 ``[heads, head_size, head_size]``.
-
-    Raises
-    ------
-    CalibrationError
-        If a head's gradients are all zero or not finite.
     """
     heads = gradients.view(gradients.shape[0], -1, head_size).transpose(0, 1)
-    blocks = (heads.transpose(1, 2) @ heads).double() / gradients.shape[0]
-    strengths = blocks.diagonal(dim1=1, dim2=2).sum(-1)
-    if not (strengths > 0).all() or not strengths.isfinite().all():
-        raise CalibrationError(
-            "the loss does not depend on some head's keys or values, or its gradients are not finite; "
-            "calibrate in float32 on longer documents"
-        )
-    return blocks
+    return (heads.transpose(1, 2) @ heads).double() / gradients.shape[0]
 
 
 def root_and_inverse(blocks: torch.Tensor, shrinkage: float = SHRINKAGE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,9 +145,19 @@ def root_and_inverse(blocks: torch.Tensor, shrinkage: float = SHRINKAGE) -> tupl
     -------
     tuple[torch.Tensor, torch.Tensor]
         float32, of the shape of `blocks`.
+
+    Raises
+    ------
+    CalibrationError
+        If a block is zero or not finite.
     """
     size = blocks.shape[-1]
     level = blocks.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    if not (level > 0).all() or not blocks.isfinite().all():
+        raise CalibrationError(
+            "the loss does not depend on some head's keys or values, or its gradients are not finite; "
+            "calibrate in float32 on longer documents"
+        )
     shrunk = (1 - shrinkage) * blocks + shrinkage * level * torch.eye(size, dtype=blocks.dtype)
     strengths, vectors = torch.linalg.eigh(shrunk)
     roots = strengths.clamp_min(0).sqrt()[:, None, :]
@@ -182,7 +183,9 @@ def _regress(rows: torch.Tensor, target: torch.Tensor, sample: SideSample) -> tu
     """
     covariance = rows.T @ rows / rows.shape[0]
     basis = fit_basis(covariance, method=FitMethod.RANDOMISED, rank=min(FEATURES, *rows.shape))
-    directions = (basis.components / basis.variances.sqrt().clamp_min(1e-30)[:, None]).T
+    # Constant channels, and fewer rows than components, leave directions that hold rounding alone.
+    varied = basis.variances > NEGLIGIBLE * basis.variances[0]
+    directions = (basis.components[varied] / basis.variances[varied].sqrt()[:, None]).T
     features = _within_documents(rows @ directions, sample.documents)
     target = _within_documents(target[:, None], sample.documents)[:, 0]
     log_distance = sample.distances.clamp_min(1).log2()
