@@ -107,7 +107,7 @@ def random_rd_plan(components: int, step: float, generator: torch.Generator) -> 
     stored = torch.randperm(components, generator=generator)[: max(1, components * 9 // 10)].sort().values
     deviations = spectrum(components)[stored] / step
     borders = [int((deviations > limit).sum()) for limit in (30, 1.5, 0.4)]
-    most = max(0, stored.numel() - 3)
+    most = max(0, stored.numel() - 4)
     borders = [min(max(border, index), most + index) for index, border in enumerate(borders, 1)]
     borders = [0, *(min(border, stored.numel()) for border in borders), stored.numel()]
     return RdPlan(

@@ -17,13 +17,14 @@ from dynamo_kvtc.codec.entropy import (
     STORE,
     DeflateCoder,
     EntropyCoder,
+    HuffmanCoder,
     StoreCoder,
     find_coder,
     register_coder,
 )
 from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError, UnknownCoderError
 
-CODERS = [StoreCoder(), DeflateCoder()]
+CODERS = [StoreCoder(), DeflateCoder(), HuffmanCoder()]
 PAYLOADS = {
     "one byte": b"x",
     "zeros": bytes(65_536),
@@ -124,6 +125,28 @@ def test_threads_share_a_coder():
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(coder.encode, plains)) == expected
         assert list(pool.map(coder.decode, expected, [20_000] * 16)) == plains
+
+
+class TestRuns:
+    @given(sizes=st.lists(st.integers(0, 400), min_size=1, max_size=8), seed=st.integers(0, 99))
+    def test_any_runs_decode_to_the_same_bytes(self, sizes, seed):
+        rng = np.random.default_rng(seed)
+        runs = [(rng.random(size) < rng.choice([0.05, 0.9])).astype(np.uint8) * 7 for size in sizes]
+        plain = np.concatenate(runs).tobytes()
+        for coder in CODERS:
+            data = coder.encode_runs(plain, sizes)
+            assert find_coder(coder.coder_id).decode(data, len(plain)) == plain
+        assert zlib.decompress(HuffmanCoder().encode_runs(plain, sizes), -15) == plain
+
+    def test_runs_of_unlike_statistics_get_codes_of_their_own(self):
+        rng = np.random.default_rng(2)
+        runs = [rng.integers(first, first + 8, 4_000, dtype=np.uint8) for first in (1, 100, 200)]
+        runs.append((rng.random(4_000) < 0.02).astype(np.uint8))
+        plain = np.concatenate(runs).tobytes()
+        coder = HuffmanCoder()
+        together, apart = coder.encode(plain), coder.encode_runs(plain, [4_000] * 4)
+        # Three bits a symbol in the first three runs, and far less than one in the last.
+        assert len(apart) < 3 * 4_000 * 3 / 8 + 450 < len(together)
 
 
 class XorCoder(EntropyCoder):

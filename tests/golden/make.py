@@ -72,7 +72,7 @@ PARAMETERS = {
 
 #: Geometry, layer groups and steps by plan of the parameters of profile rd.
 RD_PARAMETERS = {
-    "rd-gqa": (KvGeometry(4, 2, 8, "bfloat16"), 1, (0.02, 0.3)),
+    "rd-gqa": (KvGeometry(4, 2, 8, "bfloat16"), 1, (0.02, 2.0)),
     "rd-groups": (KvGeometry(3, 1, 6, "float16"), 2, (0.25,)),
     "rd-tiny": (KvGeometry(1, 1, 2, "float32"), 1, (0.5, 1e9)),
 }
