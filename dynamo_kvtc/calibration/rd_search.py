@@ -15,7 +15,7 @@ import torch
 
 from dynamo_kvtc.calibration.artifact_writer import MeasuredPlan
 from dynamo_kvtc.calibration.rd_plans import FittedPlan, estimate_rate, fit_plan
-from dynamo_kvtc.errors import CalibrationError
+from dynamo_kvtc.errors import CalibrationError, EncodeRangeError
 
 __all__ = ["PlanSearch", "Rung"]
 
@@ -23,9 +23,13 @@ __all__ = ["PlanSearch", "Rung"]
 #: guess, which measured streams correct.
 _OVERHEAD = 1.08
 
-#: How far a measured ratio may lie from the wanted one, and how often a step is corrected for it.
+#: How far a measured ratio may lie from the wanted one to be taken at once, and at most.
 _RATIO_TOLERANCE = 0.01
-_CORRECTIONS = 3
+_RATIO_LIMIT = 0.1
+
+#: Steps that are tried for a ratio, whose measuring takes encoding alone, and for a divergence.
+_RATIO_TRIES = 5
+_KL_TRIES = 3
 
 #: A divergence's step aims this far below the limit, so that it rarely needs a second try.
 _KL_MARGIN = 0.97
@@ -74,24 +78,43 @@ class PlanSearch:
         self._row_bits = row_bits
         self._ratio_of = ratio_of
         self._measure = measure
+        # What was learnt with one ratio is a better first guess for the next.
+        self._overhead = _OVERHEAD
         self._largest = max(float(c.square().mean(0).max()) for c in coefficients) ** 0.5
 
     def for_ratio(self, ratio: float) -> Rung:
-        """Return plans whose streams reach a ratio, to about one percent.
+        """Return plans whose streams reach a ratio: to a percent if few corrections do it, else the closest.
 
         Raises
         ------
         CalibrationError
-            If no step does.
+            If no step does, to ten percent.
         """
         overhead = _OVERHEAD
-        for _ in range(_CORRECTIONS):
+        closest, found = math.inf, None
+        for _ in range(_RATIO_TRIES):
             step = self._step_of(self._row_bits / ratio / overhead, ratio)
             plans = self._fit(step)
-            reached = self._ratio_of(plans)
-            if abs(reached / ratio - 1) <= _RATIO_TOLERANCE:
+            try:
+                reached = self._ratio_of(plans)
+            except EncodeRangeError as error:
+                raise CalibrationError(
+                    f"no stream holds the validation documents at a ratio of {ratio:g}: {error}; ask for a "
+                    "higher ratio"
+                ) from error
+            away = abs(reached / ratio - 1)
+            if away < closest:
+                closest, found = away, (step, plans, reached)
+            if away <= _RATIO_TOLERANCE:
                 break
-            overhead *= ratio / reached
+            # What streams take whatever the step makes the correction fall short; the next one goes on.
+            self._overhead *= ratio / reached
+        if found is None or closest > _RATIO_LIMIT:
+            raise CalibrationError(
+                f"no step reaches a ratio of {ratio:g}; the closest one found gives {reached:.3g}: ask for that, "
+                "or for another ratio"
+            )
+        step, plans, _ = found
         return Rung(step, plans, self._measure(plans))
 
     def for_divergence(self, max_kl: float, known: Sequence[Rung]) -> Rung:
@@ -111,8 +134,13 @@ class PlanSearch:
             If the divergence stays larger however small the step.
         """
         rungs = list(known)
-        for _ in range(_CORRECTIONS):
-            rungs.append(self._at(_interpolate_step(rungs, max_kl * _KL_MARGIN)))
+        for _ in range(_KL_TRIES):
+            step = _interpolate_step(rungs, max_kl * _KL_MARGIN)
+            plans = self._fit(step)
+            try:
+                rungs.append(Rung(step, plans, self._measure(plans)))
+            except EncodeRangeError:
+                break  # symbols are too narrow for so small a step
             if 0.9 * max_kl <= rungs[-1].measured.kl <= max_kl:
                 break
         good = [rung for rung in rungs if rung.measured.kl <= max_kl]
@@ -124,10 +152,6 @@ class PlanSearch:
                 "calibrate in float32"
             )
         return max(good, key=lambda rung: rung.measured.ratio)
-
-    def _at(self, step: float) -> Rung:
-        plans = self._fit(step)
-        return Rung(step, plans, self._measure(plans))
 
     def _fit(self, step: float) -> list[FittedPlan]:
         return [fit_plan(coefficients, step) for coefficients in self._coefficients]
