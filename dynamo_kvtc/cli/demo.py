@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json as json_module
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,50 +15,63 @@ import typer
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, LoadedModel, load_model
 from dynamo_kvtc.calibration.run import Progress, calibrate
-from dynamo_kvtc.calibration.settings import CalibrationSettings
+from dynamo_kvtc.calibration.settings import DEFAULT_RATIOS, CalibrationSettings
 from dynamo_kvtc.cli.output import JsonFlag, print_json, print_note, print_table, progress
 from dynamo_kvtc.data import CALIBRATION_TEXTS, HELDOUT_TEXTS
 from dynamo_kvtc.demo.measure import DemoReport
 from dynamo_kvtc.demo.plots import write_plots
 from dynamo_kvtc.demo.run import DemoSettings, measure_serving
-from dynamo_kvtc.demo.tables import report_table
+from dynamo_kvtc.demo.tables import quality_table, serving_table
 from dynamo_kvtc.evaluation import EvaluationProtocol, EvaluationReport, evaluate
 
 __all__ = ["command"]
+
+#: Ratio that the tiers are run with, by profile.
+_SERVED_RATIOS = {"rd": 20.0, "kvtc": 16.0}
 
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder for artifact, tiers, report and plots.")] = Path(
         "demo-output"
     ),
-    ratio: Annotated[float, typer.Option(help="Nominal ratio to serve with: 8, 16 or 32.")] = 16.0,
-    short: Annotated[bool, typer.Option(help="Less text, one document length: one or two minutes.")] = False,
+    profile: Annotated[
+        str, typer.Option(help="Profile to serve with: rd or kvtc; both are compared.")
+    ] = "rd",
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Ratio to serve with: 10, 20, 40 or 80 with rd, 8, 16 or 32 with kvtc."),
+    ] = None,
+    short: Annotated[bool, typer.Option(help="Less text, shorter documents: one or two minutes.")] = False,
     threads: Annotated[
         int | None, typer.Option(help="Threads of torch; its own choice by default.", min=1)
     ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Run the whole way on a small real model and show what it saves."""
-    if ratio not in (8.0, 16.0, 32.0):
-        raise typer.BadParameter(f"{ratio:g} is not one of 8, 16, 32", param_hint="--ratio")
+    ratio = _checked_ratio(profile, ratio)
     if threads is not None:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    artifact, seconds = _calibrate(out, short)
+    artifacts, seconds = {}, {}
+    for name in DEFAULT_RATIOS:
+        start = time.perf_counter()
+        artifacts[name] = _calibrate(out, name, short)
+        seconds[name] = time.perf_counter() - start
     print_note("loading the model")
     loaded = load_model(BUILTIN_SMOLLM2)
     settings = DemoSettings(ratio=ratio)
     if short:
         settings = DemoSettings(ratio=ratio, document_tokens=(1024, 2048), repeats=1, answer_tokens=24)
-    serving = asyncio.run(measure_serving(loaded, artifact, settings, out, print_note))
-    quality = _evaluate(loaded, artifact, documents=2 if short else 8)
+    serving = asyncio.run(measure_serving(loaded, artifacts[profile], settings, out, print_note))
+    documents = 2 if short else 8
     report = DemoReport(
         model="SmolLM2-135M-Instruct",
-        profile="kvtc",
+        token_bytes=loaded.geometry.token_bytes_16bit,
+        profile=profile,
         nominal_ratio=ratio,
-        artifact_id=artifact.parameters.artifact_id.hex(),
+        artifact_id=artifacts[profile].parameters.artifact_id.hex(),
         calibration_s=seconds,
-        quality=quality,
+        quality={name: _evaluate(loaded, artifact, documents) for name, artifact in artifacts.items()},
         serving=serving,
     )
     path = out / "report.json"
@@ -66,33 +80,58 @@ def command(
     if json:
         print_json(report.to_dict())
     else:
-        print_table(report_table(report))
+        print_table(serving_table(report))
+        print_table(quality_table(report))
     print_note(f"written: {', '.join(str(file) for file in (path, *plots))}")
 
 
-def _calibrate(out: Path, short: bool) -> tuple[Artifact, float]:
-    """Make the artifact, or take the one that an earlier run made with the same settings."""
+def _checked_ratio(profile: str, ratio: float | None) -> float:
+    if profile not in DEFAULT_RATIOS:
+        raise typer.BadParameter(
+            f"{profile!r} is not one of {', '.join(DEFAULT_RATIOS)}", param_hint="--profile"
+        )
+    if ratio is None:
+        return _SERVED_RATIOS[profile]
+    if ratio not in DEFAULT_RATIOS[profile]:
+        known = ", ".join(f"{one:g}" for one in DEFAULT_RATIOS[profile])
+        raise typer.BadParameter(f"{ratio:g} is not one of {known}", param_hint="--ratio")
+    return ratio
+
+
+def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
+    """Make an artifact, or take the one that an earlier run made with the same settings."""
+    name = "artifact" if profile == "rd" else f"artifact-{profile}"
     settings = CalibrationSettings(
         model=BUILTIN_SMOLLM2,
         texts=CALIBRATION_TEXTS,
-        out=out / ("artifact-short" if short else "artifact"),
-        profile="kvtc",
-        tokens=8_192 if short else 40_960,
+        out=out / (f"{name}-short" if short else name),
+        profile=profile,
+        tokens=40_960,
     )
-    start = time.perf_counter()
+    if short:
+        # One basis for all layers is smaller at the same quality, but takes minutes to fit.
+        settings = replace(
+            settings,
+            tokens=12_288,
+            layers_per_group=10,
+            document_tokens=1024,
+            sensitivity_documents=6,
+            scored_tokens=192,
+            validation_documents=1,
+        )
     with progress() as bar:
         task = bar.add_task("calibrating", total=None)
 
         def show(step: Progress) -> None:
-            bar.update(task, description=step.stage, completed=step.done, total=step.total)
+            stage = f"{profile}: {step.stage}"
+            bar.update(task, description=stage, completed=step.done, total=step.total)
 
-        artifact = calibrate(settings, show)
-    return artifact, time.perf_counter() - start
+        return calibrate(settings, show)
 
 
 def _evaluate(loaded: LoadedModel, artifact: Artifact, documents: int) -> EvaluationReport:
     with progress() as bar:
-        task = bar.add_task("quality on held-out text", total=None)
+        task = bar.add_task(f"{artifact.manifest.profile}: quality on held-out text", total=None)
         return evaluate(
             loaded,
             artifact,

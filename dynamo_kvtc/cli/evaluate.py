@@ -86,7 +86,7 @@ def command(
             on_step=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if plot is not None:
-        plot_ratio_against_kl(report, plot)
+        plot_ratio_against_kl([report], plot)
     if json == "-":
         print_json(report.to_dict())
         return

@@ -105,19 +105,25 @@ class ServingMeasurements:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Everything the demo prints. `quality` is what `evaluate` reports."""
+    """Everything the demo prints.
+
+    `profile`, `nominal_ratio` and `artifact_id` are what the tiers ran with. `calibration_s` and `quality`
+    (what `evaluate` reports) hold all profiles, by name. `token_bytes` are the 16-bit bytes of one token.
+    """
 
     model: str
+    token_bytes: int
     profile: str
     nominal_ratio: float
     artifact_id: str
-    calibration_s: float
+    calibration_s: dict[str, float]
     serving: ServingMeasurements
-    quality: EvaluationReport
+    quality: dict[str, EvaluationReport]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        report = asdict(self) | {"quality": self.quality.to_dict()}
+        report = asdict(self)
+        report["quality"] = {profile: quality.to_dict() for profile, quality in self.quality.items()}
         for record, tier in zip(report["serving"]["tiers"], self.serving.tiers, strict=True):
             record["ratio"] = tier.ratio
         return report

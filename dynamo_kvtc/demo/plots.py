@@ -28,7 +28,7 @@ def write_plots(report: DemoReport, folder: Path) -> list[Path]:
         If matplotlib is not installed.
     """
     paths = [folder / "ratio-kl.png", folder / "timeline.png"]
-    plot_ratio_against_kl(report.quality, paths[0])
+    plot_ratio_against_kl(list(report.quality.values()), paths[0])
     _plot_timelines(report.serving.onboards, paths[1])
     return paths
 

@@ -55,6 +55,8 @@ class DemoSettings:
 
     Attributes
     ----------
+    ratio : float
+        Ratio of the artifact's plan to serve with.
     document_tokens : tuple[int, ...]
         Lengths of the documents whose time to first token is measured; the conversation is about the
         longest.
@@ -64,7 +66,7 @@ class DemoSettings:
         Tokens generated in each turn.
     """
 
-    ratio: float = 16.0
+    ratio: float = 20.0
     document_tokens: tuple[int, ...] = (1024, 2048, 4096)
     repeats: int = 3
     answer_tokens: int = 48

@@ -1,4 +1,4 @@
-"""The demo's report as tables for a person."""
+"""The demo's report as two tables for a person."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from rich.table import Table
 
 from dynamo_kvtc.cli.output import format_bytes, format_rate, format_seconds, make_table
 from dynamo_kvtc.demo.measure import DemoReport
+from dynamo_kvtc.evaluation import EvaluationRow
+from dynamo_kvtc.evaluation.report import ratio_at_kl
 
-__all__ = ["report_table"]
+__all__ = ["quality_table", "serving_table"]
 
 
-def report_table(report: DemoReport) -> Table:
-    """Return the one table that the demo prints."""
-    title = f"{report.model}, profile {report.profile} at nominal {report.nominal_ratio:g}x"
+def serving_table(report: DemoReport) -> Table:
+    """Return what the tiers did in the profile that they ran with."""
+    title = f"{report.model}, served with profile {report.profile} at {report.nominal_ratio:g}x"
     table = make_table(title, ("what", "value", "detail"))
     serving = report.serving
     for tier in serving.tiers:
@@ -61,11 +63,32 @@ def report_table(report: DemoReport) -> Table:
         "the same" if talk.same_continuation else "differs",
         f"{talk.same_leading_tokens} of {talk.generated_tokens} leading tokens are the same",
     )
-    table.add_section()
-    for row in report.quality.rows:
-        table.add_row(
-            f"held-out text, nominal {row.nominal_ratio:g}x",
-            f"{row.ratio:.1f}x",
-            f"KL {row.kl:.4f}, top-1 {100 * row.top1:.1f} %",
-        )
     return table
+
+
+def quality_table(report: DemoReport) -> Table:
+    """Return ratio and quality of the profiles on the same held-out text, side by side."""
+    first = next(iter(report.quality.values()))
+    protocol = first.protocol
+    table = make_table(
+        f"{report.model}: held-out text, {protocol.documents} documents of {protocol.context_tokens} tokens",
+        ("profile", "plan", "ratio", "bytes a token", "next-token KL", "top-1", "rd at this KL"),
+    )
+    for profile, quality in report.quality.items():
+        table.add_section()
+        for row in quality.rows:
+            table.add_row(
+                profile,
+                f"{row.nominal_ratio:g}x",
+                f"{row.ratio:.1f}x",
+                f"{report.token_bytes / row.ratio:,.0f}",
+                f"{row.kl:.4f} ({row.kl_low:.4f} to {row.kl_high:.4f})",
+                f"{row.top1:.1%}",
+                _rd_at_this_kl(report, row) if profile != "rd" else "",
+            )
+    return table
+
+
+def _rd_at_this_kl(report: DemoReport, row: EvaluationRow) -> str:
+    ratio = ratio_at_kl(report.quality["rd"].rows, row.kl)
+    return "not measured" if ratio is None else f"{ratio:.1f}x, {ratio / row.ratio:.1f} times fewer bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,18 @@ def save_figure(figure: Any, path: Path) -> None:
         raise EvaluationError(f"cannot write the plot {path}: {error}; choose another place") from error
 
 
-def plot_ratio_against_kl(report: EvaluationReport, path: Path) -> None:
+def plot_ratio_against_kl(reports: Sequence[EvaluationReport], path: Path) -> None:
     """Write a PNG: ratio against next-token divergence, both logarithmic, one line per profile.
 
     Bars are the 95 % intervals over documents. Rows without divergence (the raw profile) have no place on a
     logarithmic axis and are left out.
+
+    Parameters
+    ----------
+    reports : Sequence[EvaluationReport]
+        At least one, each of another artifact; of the same model and protocol.
+    path : Path
+        The file.
 
     Raises
     ------
@@ -62,17 +70,16 @@ def plot_ratio_against_kl(report: EvaluationReport, path: Path) -> None:
         If the file cannot be written.
     """
     figure, axes = new_figure(6.4, 4.4)
-    for profile in dict.fromkeys(row.profile for row in report.rows):
-        rows = sorted((r for r in report.rows if r.profile == profile and r.kl > 0), key=lambda r: r.ratio)
-        if not rows:
-            continue
+    found = [row for report in reports for row in report.rows if row.kl > 0]
+    for profile in dict.fromkeys(row.profile for row in found):
+        rows = sorted((row for row in found if row.profile == profile), key=lambda row: row.ratio)
         bars = [[r.kl - r.kl_low for r in rows], [r.kl_high - r.kl for r in rows]]
         axes.errorbar(
             [r.ratio for r in rows], [r.kl for r in rows], yerr=bars, marker="o", capsize=3, label=profile
         )
         for row in rows:
             axes.annotate(
-                f"{row.nominal_ratio:g}x nominal",
+                f"{profile} {row.nominal_ratio:g}",
                 (row.ratio, row.kl),
                 textcoords="offset points",
                 xytext=(6, -10),
@@ -83,6 +90,7 @@ def plot_ratio_against_kl(report: EvaluationReport, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(RATIO_LABEL)
     axes.set_ylabel("next-token KL (nats)")
+    report = reports[0]
     axes.set_title(f"{report.architecture}, {report.dtype}, {report.protocol.documents} documents")
     axes.grid(visible=True, which="both", alpha=0.3)
     save_figure(figure, path)

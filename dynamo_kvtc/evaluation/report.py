@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from dynamo_kvtc.evaluation.protocol import EvaluationProtocol
 
-__all__ = ["EvaluationReport", "EvaluationRow"]
+__all__ = ["EvaluationReport", "EvaluationRow", "ratio_at_kl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class EvaluationRow:
     profile : str
         Profile of the codec.
     nominal_ratio : float
-        What the bit plan was made for, before entropy coding.
+        What the plan was made for: of real streams with rd, before entropy coding with kvtc.
     ratio : float
         16-bit bytes of the stored tokens, sinks included, over all bytes of their streams.
     ratio_total : float
@@ -94,3 +97,26 @@ class EvaluationReport:
         """Return everything as JSON-ready values."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         return plain | {"protocol": asdict(self.protocol), "rows": [asdict(row) for row in self.rows]}
+
+
+def ratio_at_kl(rows: Sequence[EvaluationRow], kl: float) -> float | None:
+    """Return the ratio that a codec reaches at a divergence, between two of its plans.
+
+    Parameters
+    ----------
+    rows : Sequence[EvaluationRow]
+        Of one codec on the same documents.
+    kl : float
+        In nats.
+
+    Returns
+    -------
+    float or None
+        On straight lines between the rows, both axes logarithmic; None beyond them.
+    """
+    points = sorted((row.kl, row.ratio) for row in rows if row.kl > 0)
+    for (low_kl, low_ratio), (high_kl, high_ratio) in pairwise(points):
+        if low_kl <= kl <= high_kl and low_kl < high_kl:
+            share = math.log(kl / low_kl) / math.log(high_kl / low_kl)
+            return math.exp(math.log(low_ratio) + share * math.log(high_ratio / low_ratio))
+    return None

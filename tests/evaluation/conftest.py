@@ -44,6 +44,31 @@ def tiny_artifact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def tiny_rd_artifact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return calibrate(
+        CalibrationSettings(
+            model=str(tiny_folder),
+            texts=CALIBRATION_TEXTS,
+            out=tmp_path_factory.mktemp("tiny-rd-artifact"),
+            tokens=2500,
+            ratios=(4.0, 8.0),
+            document_tokens=500,
+            sample_tokens=512,
+            validation_documents=1,
+            sensitivity_documents=2,
+            scored_tokens=64,
+        )
+    )
+
+
+@pytest.fixture(scope="session", params=["kvtc", "rd"])
+def any_artifact(
+    request: pytest.FixtureRequest, tiny_artifact: Artifact, tiny_rd_artifact: Artifact
+) -> Artifact:
+    return tiny_artifact if request.param == "kvtc" else tiny_rd_artifact
+
+
+@pytest.fixture(scope="session")
 def short_protocol() -> EvaluationProtocol:
     """192 context tokens in streams of 64, 64 and 32 tokens, and 16 scored ones."""
     return EvaluationProtocol(

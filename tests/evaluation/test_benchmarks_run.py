@@ -28,7 +28,7 @@ _FOLDER = Path(__file__).parents[2] / "benchmarks"
 )
 async def test_script(
     tiny_folder: Path,
-    tiny_artifact: Artifact,
+    any_artifact: Artifact,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -37,7 +37,7 @@ async def test_script(
     ratio: str,
 ) -> None:
     out = tmp_path / "result.json"
-    arguments = ["--model", str(tiny_folder), "--artifact", str(tiny_artifact.folder), "--ratio", "4"]
+    arguments = ["--model", str(tiny_folder), "--artifact", str(any_artifact.folder), "--ratio", "4"]
     arguments += ["--tokens", "512", "--repetitions", "1", "--json", str(out)]
     monkeypatch.syspath_prepend(str(_FOLDER))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -48,5 +48,6 @@ async def test_script(
     assert all(0 < runs["min"] <= runs["median"] <= runs["max"] for runs in result["seconds"].values())
     assert result["ratios"][ratio]["value"] > 0
     assert result["details"]["tokens"] == 512
+    assert result["details"]["profile"] == any_artifact.manifest.profile
     assert result["details"]["stored_bytes"] > 0
     assert "Ratios of medians" in capsys.readouterr().out

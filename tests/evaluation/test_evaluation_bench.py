@@ -35,8 +35,16 @@ def test_synthetic_kv_has_the_calibrated_statistics(tiny_artifact: Artifact) -> 
     assert float(deviation.var()) == pytest.approx(float(tiny_artifact.variances[0, "keys"][0]), rel=0.15)
 
 
-def test_shares_cover_every_stage_and_sum_to_one(tiny_artifact: Artifact) -> None:
-    for bench in bench_codecs(tiny_artifact, None, _SMALL):
+def test_synthetic_kv_of_rd_takes_about_the_bytes_of_real_kv(tiny_rd_artifact: Artifact) -> None:
+    for bench, entry in zip(
+        bench_codecs(tiny_rd_artifact, None, _SMALL), tiny_rd_artifact.manifest.ratios, strict=True
+    ):
+        assert entry.measured is not None
+        assert bench.speed.ratio == pytest.approx(entry.measured.ratio, rel=0.25)
+
+
+def test_shares_cover_every_stage_and_sum_to_one(any_artifact: Artifact) -> None:
+    for bench in bench_codecs(any_artifact, None, _SMALL):
         speed = bench.speed
         assert speed.tokens == 256
         assert min(speed.encode_tokens_per_s, speed.decode_tokens_per_s) > 0

@@ -25,6 +25,7 @@ from dynamo_kvtc.evaluation import (
     evaluate_codecs,
 )
 from dynamo_kvtc.evaluation.plot import plot_ratio_against_kl
+from dynamo_kvtc.evaluation.report import ratio_at_kl
 from dynamo_kvtc.evaluation.run import read_documents
 
 
@@ -153,6 +154,15 @@ def test_another_models_artifact_is_refused(
         evaluate(other, tiny_artifact, HELDOUT_TEXTS, protocol=short_protocol)
 
 
+def test_the_profile_follows_from_the_artifact(
+    tiny_model: LoadedModel, tiny_rd_artifact: Artifact, short_protocol: EvaluationProtocol
+) -> None:
+    low, high = evaluate(tiny_model, tiny_rd_artifact, HELDOUT_TEXTS, protocol=short_protocol).rows
+    assert (low.profile, low.nominal_ratio) == (high.profile, high.nominal_ratio / 2) == ("rd", 4.0)
+    assert low.ratio < high.ratio
+    assert 0 < low.kl < high.kl
+
+
 def test_profiles_and_ratios_are_checked(tiny_artifact: Artifact) -> None:
     with pytest.raises(EvaluationError, match="known: rd, kvtc, raw"):
         codecs_under_test(tiny_artifact, "gzip")
@@ -202,7 +212,20 @@ def test_reports_are_json_and_can_be_plotted(report: EvaluationReport, tmp_path:
         "decode_tokens_per_s",
     }
     assert data["protocol"]["context_tokens"] == 192
-    plot_ratio_against_kl(report, tmp_path / "plot.png")
+    plot_ratio_against_kl([report], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(EvaluationError, match="another place"):
-        plot_ratio_against_kl(report, tmp_path / "absent" / "plot.png")
+        plot_ratio_against_kl([report], tmp_path / "absent" / "plot.png")
+
+
+def test_the_ratio_at_a_divergence_lies_on_the_line_between_two_plans(report: EvaluationReport) -> None:
+    rows = [
+        dataclasses.replace(report.rows[0], kl=kl, ratio=ratio)
+        for kl, ratio in ((0.04, 40.0), (0.0, 2.0), (0.01, 10.0), (0.16, 60.0))
+    ]
+    assert ratio_at_kl(rows, 0.01) == pytest.approx(10)
+    assert ratio_at_kl(rows, 0.02) == pytest.approx(20)
+    assert ratio_at_kl(rows, 0.16) == pytest.approx(60)
+    assert ratio_at_kl(rows, 0.009) is None
+    assert ratio_at_kl(rows, 0.17) is None
+    assert ratio_at_kl(rows[:1], 0.04) is None
