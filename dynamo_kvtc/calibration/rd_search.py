@@ -91,7 +91,7 @@ class PlanSearch:
             If no step does, to ten percent.
         """
         overhead = _OVERHEAD
-        closest, found = math.inf, None
+        tried: list[tuple[float, float, list[FittedPlan]]] = []
         for _ in range(_RATIO_TRIES):
             step = self._step_of(self._row_bits / ratio / overhead, ratio)
             plans = self._fit(step)
@@ -99,22 +99,20 @@ class PlanSearch:
                 reached = self._ratio_of(plans)
             except EncodeRangeError as error:
                 raise CalibrationError(
-                    f"no stream holds the validation documents at a ratio of {ratio:g}: {error}; ask for a "
+                    f"streams cannot hold the validation documents at a ratio of {ratio:g}: the step is too "
+                    "small for symbols of 16 bits, or they are too unlike the other documents; ask for a "
                     "higher ratio"
                 ) from error
-            away = abs(reached / ratio - 1)
-            if away < closest:
-                closest, found = away, (step, plans, reached)
-            if away <= _RATIO_TOLERANCE:
+            tried.append((reached, step, plans))
+            if abs(reached / ratio - 1) <= _RATIO_TOLERANCE:
                 break
-            # What streams take whatever the step makes the correction fall short; the next one goes on.
-            self._overhead *= ratio / reached
-        if found is None or closest > _RATIO_LIMIT:
+            overhead *= ratio / reached
+        reached, step, plans = min(tried, key=lambda one: abs(one[0] / ratio - 1))
+        if abs(reached / ratio - 1) > _RATIO_LIMIT:
             raise CalibrationError(
-                f"no step reaches a ratio of {ratio:g}; the closest one found gives {reached:.3g}: ask for that, "
-                "or for another ratio"
+                f"no step reaches a ratio of {ratio:g}, the closest one gives {reached:.3g}; ask for that "
+                "or another ratio"
             )
-        step, plans, _ = found
         return Rung(step, plans, self._measure(plans))
 
     def for_divergence(self, max_kl: float, known: Sequence[Rung]) -> Rung:
