@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from itertools import accumulate, groupby
 
+import numpy as np
 from isal import isal_zlib
 
 from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError, UnknownCoderError
@@ -199,8 +200,10 @@ class DeflateCoder(EntropyCoder):
 class HuffmanCoder(DeflateCoder):
     """DEFLATE for symbols of the rd profile: Huffman codes of their own for each run, no search.
 
-    Looking for repetitions loses 5 % on such symbols (`docs/science.md`), except where nearly all bytes
-    are zero; there, runs of zeros are shortened. `DeflateCoder` decodes its chunks.
+    On symbols of a real model (135M parameters, 40x to 170x, blocks of 256 tokens) chunks are 4.7 to 7.3 %
+    larger than the order-0 entropy of the components; ISA-L's level 1 makes them 18 to 25 % larger, zlib's
+    level 6 22 to 28 %, one Huffman code a chunk 9 to 20 % (`docs/science.md`). Repetitions are looked for
+    only where nearly all bytes are zero, and then only runs. `DeflateCoder` decodes the chunks.
     """
 
     name = "deflate (Huffman codes)"
@@ -227,8 +230,8 @@ class HuffmanCoder(DeflateCoder):
 
 
 def _strategy(plain: memoryview) -> int:
-    zeros = bytes(plain).count(0)
-    return zlib.Z_RLE if zeros > _MANY_ZEROS * len(plain) else zlib.Z_HUFFMAN_ONLY
+    others = np.count_nonzero(np.frombuffer(plain, dtype=np.uint8))
+    return zlib.Z_RLE if len(plain) - others > _MANY_ZEROS * len(plain) else zlib.Z_HUFFMAN_ONLY
 
 
 _lock = threading.Lock()

@@ -11,8 +11,8 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import ClassVar
 
@@ -38,61 +38,14 @@ from dynamo_kvtc.codec.bitstream import (
 from dynamo_kvtc.codec.entropy import EntropyCoder
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.header import SINK_BITS, align
+from dynamo_kvtc.codec.opened_group import OpenedGroup, join_groups
 from dynamo_kvtc.codec.parameters import AnyParameters
-from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.codec.side import Chunks, SideCodec
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.codec.transform import resolve_compute_dtype
 from dynamo_kvtc.errors import ArtifactMismatchError, ChunkTableError, RopeError, UnsupportedVersionError
 
-__all__ = ["OpenedGroup", "TransformCodec"]
-
-
-@dataclass(frozen=True, eq=False)
-class OpenedGroup:
-    """One layer group of one stream, inflated and dequantised; what `TransformCodec.decode_layer` takes.
-
-    Joined ones hold several consecutive streams.
-
-    Attributes
-    ----------
-    group : int
-        Index of the layer group.
-    plan_id : int
-        Bit plan that the coefficients belong to.
-    keys, values : torch.Tensor
-        Coefficients ``[coded tokens, stored]`` in the compute dtype.
-    sink_keys, sink_values : torch.Tensor
-        ``[layers, sink tokens, num_kv_heads, head_size]`` in the cache's dtype.
-    positions : torch.Tensor
-        int64 ``[coded tokens]``.
-    rope : RopeParameters
-        How keys are rotated.
-    """
-
-    group: int
-    plan_id: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    sink_keys: torch.Tensor
-    sink_values: torch.Tensor
-    positions: torch.Tensor
-    rope: RopeParameters
-
-    @property
-    def sink_tokens(self) -> int:
-        """Sink tokens at the start."""
-        return int(self.sink_keys.shape[1])
-
-    @property
-    def num_tokens(self) -> int:
-        """All tokens."""
-        return self.sink_tokens + self.positions.numel()
-
-    @cached_property
-    def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotation of the coded tokens, the same for all layers."""
-        return self.rope.cos_sin(self.positions)
+__all__ = ["TransformCodec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,13 +292,7 @@ class TransformCodec(KvCodec):
 
     def join(self, parts: Sequence[OpenedGroup]) -> list[OpenedGroup]:
         """Join streams of one plan; larger products are faster. See `KvCodec.join`."""
-        runs: list[list[OpenedGroup]] = []
-        for part in parts:
-            if runs and part.plan_id == runs[-1][0].plan_id and not part.sink_tokens:
-                runs[-1].append(part)
-            else:
-                runs.append([part])
-        return [_join_run(run) for run in runs]
+        return join_groups(parts)
 
     def decode_layer(self, parts: Sequence[OpenedGroup], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn opened groups of consecutive tier blocks into one layer's KV; see `KvCodec.decode_layer`."""
@@ -399,15 +346,3 @@ class TransformCodec(KvCodec):
     @abstractmethod
     def _make_side(self, group: int, kind: SectionKind, plan_id: int) -> SideCodec:
         """Make the codec of the keys or values of a layer group under one plan."""
-
-
-def _join_run(run: Sequence[OpenedGroup]) -> OpenedGroup:
-    """Join streams of one plan of which only the first has sink tokens."""
-    if len(run) == 1:
-        return run[0]
-    return replace(
-        run[0],
-        keys=torch.cat([part.keys for part in run]),
-        values=torch.cat([part.values for part in run]),
-        positions=torch.cat([part.positions for part in run]),
-    )
