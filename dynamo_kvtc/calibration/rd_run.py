@@ -20,7 +20,7 @@ from dynamo_kvtc.calibration.sides import layer_errors
 from dynamo_kvtc.calibration.stages import Calibration, Progress, check_memory
 from dynamo_kvtc.calibration.statistics import SIDES, KvStatistics
 from dynamo_kvtc.calibration.text import Documents
-from dynamo_kvtc.calibration.validation import Validator
+from dynamo_kvtc.calibration.validation import Validator, coded_tokens
 from dynamo_kvtc.codec.geometry import CACHE_DTYPES, LayerRange
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.codec.parameters import (
@@ -52,6 +52,13 @@ class RdCalibration(Calibration):
             raise CalibrationError(
                 f"{len(documents)} documents leave none to fit once {settings.validation_documents} are kept "
                 "for validation; give more text or more --tokens"
+            )
+        # Validation comes last; what would end it is told before hours of work.
+        for index in range(fitted, len(documents)):
+            coded_tokens(
+                len(documents[index]),
+                scored_tokens=settings.scored_tokens,
+                recent_window=settings.recent_window,
             )
         work = _Work(self, fitted, rows)
         state = self.open_state()

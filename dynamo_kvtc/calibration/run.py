@@ -11,6 +11,7 @@ import torch
 from dynamo_kvtc.calibration.artifact import MANIFEST_NAME, Artifact, load_artifact
 from dynamo_kvtc.calibration.kvtc_run import KvtcCalibration
 from dynamo_kvtc.calibration.models import load_model, resolve_model
+from dynamo_kvtc.calibration.rd_run import RdCalibration
 from dynamo_kvtc.calibration.settings import CalibrationSettings, InputDigests, digest_inputs
 from dynamo_kvtc.calibration.stages import STATE_FOLDER, Calibration, Progress
 from dynamo_kvtc.errors import ArtifactError
@@ -53,11 +54,7 @@ def calibrate(
         if ready is not None:
             return ready
         loaded = load_model(folder, settings.dtype)
-        profile: type[Calibration] = KvtcCalibration
-        if getattr(settings, "profile", "kvtc") == "rd":
-            from dynamo_kvtc.calibration.rd_run import RdCalibration
-
-            profile = RdCalibration
+        profile: type[Calibration] = RdCalibration if settings.profile == "rd" else KvtcCalibration
         return profile(settings, loaded, digests, progress, should_stop).run()
 
 

@@ -208,5 +208,7 @@ def _within_documents(columns: torch.Tensor, documents: torch.Tensor) -> torch.T
 
 def _without(columns: torch.Tensor, nuisance: torch.Tensor) -> torch.Tensor:
     """Remove from columns what a linear function of `nuisance` explains."""
-    explained: torch.Tensor = nuisance @ torch.linalg.lstsq(nuisance, columns).solution
+    # torch's default driver pivots by memory that it does not set, so its last bits change from run to run.
+    fit = torch.linalg.lstsq(nuisance, columns, driver="gelsd")
+    explained: torch.Tensor = nuisance @ fit.solution
     return columns - explained

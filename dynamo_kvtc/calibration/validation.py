@@ -14,10 +14,29 @@ from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
 from dynamo_kvtc.errors import CalibrationError
 
-__all__ = ["Validator"]
+__all__ = ["Validator", "coded_tokens"]
 
 #: Tokens per stream.
 _TIER_BLOCK_TOKENS = 256
+
+
+def coded_tokens(tokens: int, *, scored_tokens: int, recent_window: int) -> int:
+    """Return how many tokens of a document go through streams when plans are validated on it.
+
+    Raises
+    ------
+    CalibrationError
+        If there are none.
+    """
+    # The last token before the scored ones opens their run, so it is never in a stream.
+    coded = tokens - scored_tokens - max(recent_window, 1)
+    if coded <= SINK_TOKENS:
+        raise CalibrationError(
+            f"a document of {tokens} tokens is too short to validate plans with: a window of "
+            f"{recent_window} and {scored_tokens} scored tokens leave nothing to compress; give more text "
+            "or longer documents"
+        )
+    return coded
 
 
 class Validator:
@@ -89,12 +108,7 @@ class _Document:
 
     def __init__(self, loaded: LoadedModel, tokens: Sequence[int], scored: int, window: int) -> None:
         context = len(tokens) - scored
-        self.coded = context - max(window, 1)
-        if self.coded <= SINK_TOKENS:
-            raise CalibrationError(
-                f"a document of {len(tokens)} tokens is too short to validate plans with: a window of "
-                f"{window} and {scored} scored tokens leave nothing to compress; give longer documents"
-            )
+        self.coded = coded_tokens(len(tokens), scored_tokens=scored, recent_window=window)
         # The last token of the context opens the scored run, so that the first prediction is behind the
         # decoded cache too.
         self.scored_input = tokens[context - 1 : -1]
