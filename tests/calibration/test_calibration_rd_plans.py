@@ -22,7 +22,8 @@ from dynamo_kvtc.codec.rd_plan import RdPlan, SymbolClass
 from dynamo_kvtc.codec.rd_quantiser import RdQuantiser, dequantise, quantise
 
 COUNTED = 40
-CLASS_FLOORS = {SymbolClass.BYTE: 1.0, SymbolClass.NIBBLE: 0.5, SymbolClass.TRIT: 0.2}
+SYMBOLS_PER_BYTE = {SymbolClass.BYTE: 1, SymbolClass.NIBBLE: 2, SymbolClass.TRIT: 5}
+SECOND_BYTE = 0.2
 
 
 def _laplacian(tokens: int, deviations: list[float], seed: int = 0) -> torch.Tensor:
@@ -67,10 +68,11 @@ def _try(column: list[float], step: float, rounding: float) -> _Choice:
     shares = [count / len(column) for count in counted.values()]
     rate = -sum(share * math.log2(share) for share in shares)
     rate += sum(2 * math.log2(max(1, abs(symbol) - COUNTED + 1)) for symbol in symbols) / len(symbols)
-    costs = {SymbolClass.WIDE: max(rate, 1.0) + 1.0}
-    for symbol_class, floor in CLASS_FLOORS.items():
+    costs = {SymbolClass.WIDE: rate + SECOND_BYTE}
+    for symbol_class, per_byte in SYMBOLS_PER_BYTE.items():
         escapes = sum(abs(symbol) > symbol_class.limit for symbol in symbols) / len(column)
-        costs[symbol_class] = max(rate, floor) + ESCAPE_BITS * escapes
+        deflated = (1 + (per_byte * rate) ** 3) ** (1 / 3) / per_byte
+        costs[symbol_class] = deflated + ESCAPE_BITS * escapes
     return _Choice(
         rounding,
         distortion + LAGRANGIAN * rate,
