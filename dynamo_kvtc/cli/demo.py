@@ -17,6 +17,7 @@ from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, LoadedModel, load_mo
 from dynamo_kvtc.calibration.run import Progress, calibrate
 from dynamo_kvtc.calibration.settings import DEFAULT_RATIOS, CalibrationSettings
 from dynamo_kvtc.cli.output import JsonFlag, print_json, print_note, print_table, progress
+from dynamo_kvtc.config import CodecConfig
 from dynamo_kvtc.data import CALIBRATION_TEXTS, HELDOUT_TEXTS
 from dynamo_kvtc.demo.measure import DemoReport
 from dynamo_kvtc.demo.plots import write_plots
@@ -25,9 +26,6 @@ from dynamo_kvtc.demo.tables import quality_table, serving_table
 from dynamo_kvtc.evaluation import EvaluationProtocol, EvaluationReport, evaluate
 
 __all__ = ["command"]
-
-#: Ratio that the tiers are run with, by profile.
-_SERVED_RATIOS = {"rd": 20.0, "kvtc": 16.0}
 
 
 def command(
@@ -63,7 +61,7 @@ def command(
     if short:
         settings = DemoSettings(ratio=ratio, document_tokens=(1024, 2048), repeats=1, answer_tokens=24)
     serving = asyncio.run(measure_serving(loaded, artifacts[profile], settings, out, print_note))
-    documents = 2 if short else 8
+    documents = 2 if short else 6
     report = DemoReport(
         model="SmolLM2-135M-Instruct",
         token_bytes=loaded.geometry.token_bytes_16bit,
@@ -91,7 +89,7 @@ def _checked_ratio(profile: str, ratio: float | None) -> float:
             f"{profile!r} is not one of {', '.join(DEFAULT_RATIOS)}", param_hint="--profile"
         )
     if ratio is None:
-        return _SERVED_RATIOS[profile]
+        ratio = CodecConfig.model_validate({"profile": profile}).plan_ratio
     if ratio not in DEFAULT_RATIOS[profile]:
         known = ", ".join(f"{one:g}" for one in DEFAULT_RATIOS[profile])
         raise typer.BadParameter(f"{ratio:g} is not one of {known}", param_hint="--ratio")
@@ -106,18 +104,20 @@ def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
         texts=CALIBRATION_TEXTS,
         out=out / (f"{name}-short" if short else name),
         profile=profile,
-        tokens=40_960,
+        tokens=24_576,
+        # Three groups, so that the transfer of one can overlap the decoding of another, and seconds to fit
+        # each. One basis for all layers, which calibrate takes for rd, stores less at the same quality.
+        layers_per_group=10,
     )
     if short:
-        # One basis for all layers is smaller at the same quality, but takes minutes to fit.
         settings = replace(
             settings,
-            tokens=12_288,
-            layers_per_group=10,
+            tokens=8_192,
             document_tokens=1024,
-            sensitivity_documents=6,
-            scored_tokens=192,
+            sample_tokens=512,
             validation_documents=1,
+            sensitivity_documents=4,
+            scored_tokens=192,
         )
     with progress() as bar:
         task = bar.add_task("calibrating", total=None)
