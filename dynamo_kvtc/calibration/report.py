@@ -129,6 +129,7 @@ def _plan(plan: BitPlan | RdPlan) -> dict[str, Any]:
 def _markdown(summary: dict[str, Any], plotted: bool) -> str:
     model, calibration = summary["model"], summary["calibration"]
     layers = range(model["num_layers"])
+    is_rd = summary["profile"] == "rd"
     parts = [
         "# Calibration report",
         f"Artifact `{summary['id']}`, profile {summary['profile']}, made by dynamo-kvtc "
@@ -143,7 +144,8 @@ def _markdown(summary: dict[str, Any], plotted: bool) -> str:
         parts.append("![Explained variance and expected error](report.png)")
     parts += [
         "## Explained variance",
-        "Components stored, the share of the variance they hold, and how many components hold a given share.",
+        "Components stored, the share of the variance they hold, and how many components hold a given share."
+        + (" Variances are those of coefficients weighted by what the model notices." * is_rd),
         _table(
             ["layers", "side", "stored", "explained", *(f"for {share:.0%}" for share in _SHARES)],
             [
@@ -157,7 +159,7 @@ def _markdown(summary: dict[str, Any], plotted: bool) -> str:
                 for group in summary["groups"]
             ],
         ),
-        *(_rd_plans(summary) if summary["profile"] == "rd" else _bit_plans(summary)),
+        *(_rd_plans(summary) if is_rd else _bit_plans(summary)),
         "## Expected error",
         "Squared error of decoded keys (before RoPE) and values over their variance.",
         _table(
@@ -185,9 +187,10 @@ def _rd_plans(summary: dict[str, Any]) -> list[str]:
     calibration = summary["calibration"]
     return [
         "## Measured",
-        f"Real streams of {calibration['validation_documents']} documents that took no part in the fit, all "
-        "bytes counted, and the model's next-token predictions over the decoded cache against those over the "
-        "original one.",
+        "By real streams, all bytes counted, of documents that took no part in the fit, and by the model's "
+        "next-token predictions over the decoded cache against those over the original one. Validation "
+        f"documents: {calibration['validation_documents']}; scored tokens of each: "
+        f"{calibration['scored_tokens']}.",
         _table(
             ["ratio", "measured ratio", "bits/token", "KL (nats)", "top-1 agreement"],
             [

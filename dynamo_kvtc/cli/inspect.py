@@ -122,7 +122,7 @@ def _inspect_artifact(folder: Path) -> Report:
     for ratio in summarise(artifact)["ratios"]:
         components: Counter[str] = Counter()
         for plan in ratio["plans"]:
-            components.update({f"{kind}_components": count for kind, count in plan["components"].items()})
+            components.update(plan["components"])
         report.parts.append(
             {
                 "ratio": ratio["ratio"],

@@ -220,7 +220,7 @@ def test_a_sound_artifact_of_rd(tmp_path: Path) -> None:
             for side in (group.keys, group.values)
         ]
         assert part["step"] == plans[0].step
-        assert part["nibble_components"] == sum(plan.counts[2] for plan in plans)
+        assert part["nibble"] == sum(plan.counts[2] for plan in plans)
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, PARAMETERS_NAME])
