@@ -145,7 +145,7 @@ def test_calibration_repeats_exactly_and_the_seed_matters(rd_artifact, rd_settin
 
 
 # Three documents of sensitivity, six of keys and values, four bases, three plans: one question after each.
-@pytest.mark.parametrize("question", [1, 3, 6, 9, 10, 12, 15])
+@pytest.mark.parametrize("question", [2, 6, 9, 12, 15])
 def test_a_stopped_calibration_continues_to_the_same_artifact(rd_artifact, rd_settings, question):
     asked = 0
 
