@@ -104,10 +104,12 @@ def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
         texts=CALIBRATION_TEXTS,
         out=out / (f"{name}-short" if short else name),
         profile=profile,
-        tokens=24_576,
+        tokens=20_480,
         # Three groups, so that the transfer of one can overlap the decoding of another, and seconds to fit
         # each. One basis for all layers, which calibrate takes for rd, stores less at the same quality.
         layers_per_group=10,
+        sensitivity_documents=6,
+        validation_documents=1,
     )
     if short:
         settings = replace(
@@ -115,7 +117,6 @@ def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
             tokens=8_192,
             document_tokens=1024,
             sample_tokens=512,
-            validation_documents=1,
             sensitivity_documents=4,
             scored_tokens=192,
         )
