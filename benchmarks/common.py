@@ -76,7 +76,9 @@ class Subject:
         return seconds
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
+def parse_arguments(
+    description: str, add_more: Callable[[argparse.ArgumentParser], None] = lambda _: None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--artifact", type=Path, default=Path("demo-output/artifact"))
     parser.add_argument("--model", default=BUILTIN_SMOLLM2)
@@ -85,6 +87,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     parser.add_argument("--json", metavar="OUT", help="write the result as JSON; - is standard output")
+    add_more(parser)
     return parser.parse_args()
 
 
