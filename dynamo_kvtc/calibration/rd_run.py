@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from dynamo_kvtc.calibration.rd_basis import RdBasis, fit_rd_basis, load_rd_basi
 from dynamo_kvtc.calibration.rd_plans import FittedPlan
 from dynamo_kvtc.calibration.rd_search import PlanSearch, Rung
 from dynamo_kvtc.calibration.report import write_report
-from dynamo_kvtc.calibration.sensitivity_stage import SensitivityStage
+from dynamo_kvtc.calibration.sensitivity_stage import Sensitivities, SensitivityStage
 from dynamo_kvtc.calibration.sides import layer_errors
 from dynamo_kvtc.calibration.stages import Calibration, Progress, check_memory
 from dynamo_kvtc.calibration.statistics import SIDES, KvStatistics
@@ -76,9 +77,21 @@ class RdCalibration(Calibration):
             lambda count: Progress("capture keys and values", *work.captured(count)),
             sensitivities.prepare,
         )
+        bases = self._fit_bases(statistics, sensitivities, state, work)
+        rungs = self._search(documents, fitted, statistics, bases, work)
+        self.progress(Progress("write the artifact", work.total, work.total))
+        artifact = self._write(statistics, bases, rungs, len(stage))
+        shutil.rmtree(state, ignore_errors=True)
+        return artifact
+
+    def _fit_bases(
+        self, statistics: KvStatistics, sensitivities: Sensitivities, state: Path, work: _Work
+    ) -> list[RdBasis]:
+        """Return the bases of keys and values of every layer group, in this order."""
+        settings = self.settings
         bases = []
-        for number, (group, side) in enumerate((g, s) for g in range(len(groups)) for s in SIDES):
-            layers = groups[group]
+        for number, (group, side) in enumerate(map(_place, range(len(SIDES) * len(statistics.groups)))):
+            layers = statistics.groups[group]
             name = f"fit {side} of layers {layers.first} to {layers.stop - 1}"
             self.progress(Progress(name, *work.fitted(number)))
             path = state / f"basis-{group}-{side}.safetensors"
@@ -95,11 +108,7 @@ class RdCalibration(Calibration):
                 save_rd_basis(path, fit)
             bases.append(load_rd_basis(path))
             self.stop_if(self.should_stop())
-        rungs = self._search(documents, fitted, statistics, bases, work)
-        self.progress(Progress("write the artifact", work.total, work.total))
-        artifact = self._write(statistics, bases, rungs, len(stage))
-        shutil.rmtree(state, ignore_errors=True)
-        return artifact
+        return bases
 
     def _search(
         self,

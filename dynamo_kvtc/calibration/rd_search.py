@@ -90,10 +90,9 @@ class PlanSearch:
         CalibrationError
             If no step does, to ten percent.
         """
-        overhead = _OVERHEAD
         tried: list[tuple[float, float, list[FittedPlan]]] = []
         for _ in range(_RATIO_TRIES):
-            step = self._step_of(self._row_bits / ratio / overhead, ratio)
+            step = self._step_of(self._row_bits / ratio / self._overhead, ratio)
             plans = self._fit(step)
             try:
                 reached = self._ratio_of(plans)
@@ -106,7 +105,7 @@ class PlanSearch:
             tried.append((reached, step, plans))
             if abs(reached / ratio - 1) <= _RATIO_TOLERANCE:
                 break
-            overhead *= ratio / reached
+            self._overhead *= ratio / reached
         reached, step, plans = min(tried, key=lambda one: abs(one[0] / ratio - 1))
         if abs(reached / ratio - 1) > _RATIO_LIMIT:
             raise CalibrationError(
