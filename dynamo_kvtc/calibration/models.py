@@ -24,7 +24,7 @@ from dynamo_kvtc.codec.geometry import CACHE_DTYPES, KvGeometry
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import CalibrationError, MissingDependencyError
 
-__all__ = ["BUILTIN_SMOLLM2", "LoadedModel", "cache_folder", "load_model", "resolve_model"]
+__all__ = ["BUILTIN_SMOLLM2", "LoadedModel", "cache_folder", "cache_geometry", "load_model", "resolve_model"]
 
 #: Name of the demo model, SmolLM2-135M-Instruct.
 BUILTIN_SMOLLM2 = "builtin:smollm2"
@@ -85,7 +85,7 @@ def load_model(spec: str | Path, dtype: str = "bfloat16") -> LoadedModel:
     transformers = _transformers()
     with _quiet(transformers), _as_calibration_error(f"cannot load the model in {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        geometry = _geometry(config, dtype)
+        geometry = cache_geometry(config, dtype)
         rope = RopeParameters.from_hf_config(config.get_text_config())
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -127,8 +127,14 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "dynamo_kvtc"
 
 
-def _geometry(config: Any, dtype: str) -> KvGeometry:
-    """Read the cache's shape; refuse caches that are not the same plain keys and values in every layer."""
+def cache_geometry(config: Any, dtype: str) -> KvGeometry:
+    """Read the cache's shape from a model's configuration.
+
+    Raises
+    ------
+    CalibrationError
+        If the cache is not the same plain keys and values in every layer.
+    """
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
         raise CalibrationError("models with multi-head latent attention keep no plain keys and values")

@@ -44,6 +44,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show and verify an artifact, a stored object or a disk tier's folder.",
     "bench": "Measure encode, decode, transfers and lookups on this machine.",
     "validate-config": "Check configuration files and report every problem.",
+    "plan": "Size tiers, memory and volumes for a model; print values for the Helm chart.",
     "doctor": "Check what works on this machine and say what to do about the rest.",
     "schema": "Print the JSON schema of the configuration file.",
 }

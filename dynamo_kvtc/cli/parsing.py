@@ -6,7 +6,23 @@ import math
 
 import typer
 
-__all__ = ["parse_divergences", "parse_ratios"]
+from dynamo_kvtc.config.units import parse_size
+
+__all__ = ["parse_bytes", "parse_divergences", "parse_ratios"]
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Read a size such as ``128GiB``, or a number of bytes.
+
+    Raises
+    ------
+    typer.BadParameter
+        Naming `option`, if `text` is anything else.
+    """
+    try:
+        return int(text) if text.isdecimal() else parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def parse_ratios(text: str) -> list[float]:
