@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dynamo_kvtc.calibration.models import LoadedModel
+from dynamo_kvtc.calibration.transformers_cache import cache_of
 from dynamo_kvtc.errors import CalibrationError
 
 __all__ = ["RECENT_WINDOW", "SINK_TOKENS", "capture_rows", "read_cache", "select_rows"]
@@ -45,7 +46,7 @@ def capture_rows(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.T
         infinity.
     """
     decoder = loaded.model.base_model  # without the output head, which calibration has no use for
-    cache = decoder(input_ids=torch.tensor([list(token_ids)]), use_cache=True).past_key_values
+    cache = cache_of(decoder(input_ids=torch.tensor([list(token_ids)]), use_cache=True))
     return read_cache(loaded, cache, len(token_ids))
 
 

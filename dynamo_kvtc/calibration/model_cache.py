@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dynamo_kvtc.calibration.models import LoadedModel
+from dynamo_kvtc.calibration.transformers_cache import cache_argument, cache_of
 
 __all__ = ["prefill", "score"]
 
@@ -22,7 +23,7 @@ def prefill(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor
         dtype: the shape of `dynamo_kvtc.codec.base.TierBlock`.
     """
     decoder = loaded.model.base_model  # without the output head: its logits are not wanted
-    layers = decoder(input_ids=torch.tensor([list(token_ids)]), use_cache=True).past_key_values.layers
+    layers = cache_of(decoder(input_ids=torch.tensor([list(token_ids)]), use_cache=True)).layers
     keys, values = (
         torch.stack([getattr(layer, side)[0].transpose(0, 1) for layer in layers], dim=1)
         for side in ("keys", "values")
@@ -51,6 +52,7 @@ def score(
     cache = DynamicCache()
     for layer in range(keys.shape[1]):
         cache.update(keys[:, layer].transpose(0, 1)[None], values[:, layer].transpose(0, 1)[None], layer)
-    output = loaded.model(input_ids=torch.tensor([list(token_ids)]), past_key_values=cache, use_cache=True)
+    ids = torch.tensor([list(token_ids)])
+    output = loaded.model(input_ids=ids, use_cache=True, **cache_argument(loaded.model, cache))
     logits: torch.Tensor = output.logits[0].float()
     return logits

@@ -23,9 +23,8 @@ LAGRANGIAN = 2 * 0.6931 / 12
 ROUNDINGS = (0.50, 0.44, 0.39, 0.34, 0.29, 0.24, 0.19)
 
 #: Components whose symbols have less entropy are left out: DEFLATE would spend a fifth of a bit on them all
-#: the same, and they take their share of the products. Up to a fifth of the components, a thousandth in
-#: cost (docs/science.md).
-MINIMUM_RATE = 0.15
+#: the same, and they take their share of the products (docs/science.md has what that saves and costs).
+MINIMUM_RATE = 0.3
 
 #: Bits that one escape costs, measured on streams: its gap and its value after DEFLATE.
 ESCAPE_BITS = 14.0

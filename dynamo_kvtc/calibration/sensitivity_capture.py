@@ -16,6 +16,7 @@ import torch
 
 from dynamo_kvtc.calibration.capture import SINK_TOKENS, read_cache
 from dynamo_kvtc.calibration.models import LoadedModel
+from dynamo_kvtc.calibration.transformers_cache import cache_argument, cache_of
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import CalibrationError
 
@@ -143,7 +144,7 @@ def capture_sensitivity(
     ids = torch.tensor([list(token_ids)])
     with _frozen_parameters(loaded.model):
         with torch.no_grad():
-            cache = loaded.model.base_model(input_ids=ids[:, : cut.context], use_cache=True).past_key_values
+            cache = cache_of(loaded.model.base_model(input_ids=ids[:, : cut.context], use_cache=True))
             keys, values = read_cache(loaded, cache, cut.context)
         leaves = _make_leaves(cache)
         gradients = _differentiate(loaded, ids[:, cut.context :], cache, leaves, seed)
@@ -205,7 +206,8 @@ def _differentiate(
     name, dtype = type(loaded.model).__name__, loaded.geometry.dtype
     try:
         with torch.enable_grad():
-            logits = loaded.model(input_ids=scored_ids, past_key_values=cache, use_cache=True).logits[0]
+            given = cache_argument(loaded.model, cache)
+            logits = loaded.model(input_ids=scored_ids, use_cache=True, **given).logits[0]
             log_probabilities = logits.float().log_softmax(-1)
             if log_probabilities.isnan().any():  # as infinite logits give, too
                 raise CalibrationError(

@@ -33,6 +33,7 @@ import torch
 from dynamo_kvtc.calibration.capture import read_cache
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.calibration.sensitivity_capture import DocumentCut, pull_back
+from dynamo_kvtc.calibration.transformers_cache import cache_argument, cache_of
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import CalibrationError
@@ -154,11 +155,11 @@ def forward_only_sensitivity(
     layers = _known_layers(loaded)
     ids = torch.tensor([list(token_ids)])
     decoder = loaded.model.base_model
-    cache = decoder(input_ids=ids[:, : cut.context], use_cache=True).past_key_values
+    cache = cache_of(decoder(input_ids=ids[:, : cut.context], use_cache=True))
     with _watched(layers) as seen:
         streams = decoder(
             input_ids=ids[:, cut.context :],
-            past_key_values=cache,
+            **cache_argument(decoder, cache),
             use_cache=True,
             output_hidden_states=True,
         ).hidden_states

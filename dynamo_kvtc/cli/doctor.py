@@ -119,12 +119,11 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("torch", "failed", found["error"], "install a build for this machine: pip install torch")
         return
     yield Check("torch", "ok", f"{found['version']}, {found['threads']} threads")
-    if found["amx_bf16"]:
-        yield Check("bfloat16 on the CPU", "ok", "AMX: projections run in bfloat16")
+    if found["bfloat16"]:
+        yield Check("bfloat16 on the CPU", "ok", f"{found['bfloat16']}: projections run in bfloat16")
     else:
-        yield Check(
-            "bfloat16 on the CPU", "absent", "no AMX: projections run in float32", "slower, not worse"
-        )
+        missing = "neither AMX nor AVX512-BF16: projections run in float32"
+        yield Check("bfloat16 on the CPU", "absent", missing, "slower, not worse")
     if found["gpu"]:
         yield Check("CUDA", "ok", f"{found['gpu']}, CUDA {found['cuda_build']}")
     elif found["cuda_build"]:

@@ -50,13 +50,13 @@ def run_probe(name: str, timeout_s: float) -> dict[str, Any]:
 def _torch() -> dict[str, Any]:
     import torch
 
-    # Private, and absent from some builds: then the answer is no.
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    from dynamo_kvtc.codec.transform import bfloat16_hardware
+
     has_gpu = torch.cuda.is_available()
     return {
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
-        "amx_bf16": bool(amx()),
+        "bfloat16": bfloat16_hardware(),
         "cuda_build": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(0) if has_gpu else None,
     }

@@ -40,8 +40,8 @@ def pack_rows(symbols: NDArray[np.int16], symbol_class: SymbolClass) -> NDArray[
     per_byte = _PER_BYTE[symbol_class]
     digits = np.zeros((symbols.shape[0], row_bytes(symbol_class, symbols.shape[1]) * per_byte), np.uint8)
     base = 16 if symbol_class is SymbolClass.NIBBLE else 3
-    # Negative symbols are counted from the base downwards.
-    digits[:, : symbols.shape[1]] = np.where(narrow < 0, narrow + base, narrow)
+    # Negative symbols are counted from the base downwards; their shifted sign has all bits set.
+    digits[:, : symbols.shape[1]] = narrow + ((narrow >> 7) & base)
     packed = digits[:, per_byte - 1 :: per_byte].copy()
     for place in range(per_byte - 2, -1, -1):
         packed = packed * np.uint8(base) + digits[:, place::per_byte]

@@ -60,8 +60,9 @@ class RdSideCodec(SideCodec):
         if not sum(self._layout.counts) and not torch.isfinite(rows).all():
             raise EncodeRangeError("the KV holds NaN or infinity; keep this block raw")
         side = self._side
-        levels = predict_levels(rows - side.mean, side.importance, side.importance_bias)
-        symbols = self._quantiser.quantise(self._transform.forward(rows), scales(levels))
+        centred = self._transform.centre(rows)
+        levels = predict_levels(centred, side.importance, side.importance_bias)
+        symbols = self._quantiser.quantise(self._transform.project(centred), scales(levels))
         payload = pack(RdSection(levels.numpy(), symbols.numpy()), self._layout)
         return payload, self._layout.chunks(levels.numel(), payload.size)
 

@@ -13,7 +13,7 @@ import torch
 
 from dynamo_kvtc.codec.parameters import RdSideParameters, SideParameters
 
-__all__ = ["COMPUTE_DTYPES", "SideTransform", "resolve_compute_dtype"]
+__all__ = ["COMPUTE_DTYPES", "SideTransform", "bfloat16_hardware", "resolve_compute_dtype"]
 
 #: Names of the dtypes that products may be computed in; "auto" chooses by what the CPU is good at.
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
@@ -22,9 +22,9 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 def resolve_compute_dtype(name: str) -> torch.dtype:
     """Return the dtype for a name of `COMPUTE_DTYPES`.
 
-    "auto" is bfloat16 where the CPU has matrix instructions for it (AMX), float32 elsewhere. Products in
-    bfloat16 are several times faster there and round centred numbers to 8 bits of mantissa, far below
-    what quantisation costs.
+    "auto" is bfloat16 where the CPU multiplies it in hardware (AMX or AVX512-BF16), float32 elsewhere.
+    Products in bfloat16 are two to several times faster there and round centred numbers to 8 bits of
+    mantissa, far below what quantisation costs.
 
     Raises
     ------
@@ -34,14 +34,17 @@ def resolve_compute_dtype(name: str) -> torch.dtype:
     if name not in COMPUTE_DTYPES:
         raise ValueError(f"unknown compute dtype {name!r}; choose one of {', '.join(COMPUTE_DTYPES)}")
     if name == "auto":
-        return torch.bfloat16 if _has_amx() else torch.float32
+        return torch.bfloat16 if bfloat16_hardware() else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _has_amx() -> bool:
-    # A private name of torch; where it is missing, float32 is right, only slower.
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe is not None and probe())
+def bfloat16_hardware() -> str | None:
+    """Return the name of the CPU's instructions that multiply matrices in bfloat16, None if it has none."""
+    # Private names of torch; where they are missing, float32 is right, only slower.
+    for name, probe in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, probe, bool)():
+            return name
+    return None
 
 
 class SideTransform:
@@ -85,9 +88,17 @@ class SideTransform:
         torch.Tensor
             ``[stored, tokens]`` in the compute dtype.
         """
-        # The mean can be many times larger than what is left, so it goes before precision does.
-        centred = (rows - self._side.mean).to(self._dtype)
-        return self._forward_weights @ centred.t()
+        return self.project(self.centre(rows))
+
+    def centre(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows without the mean, float32: it can be many times larger than what is left, so it goes
+        before precision does.
+        """
+        return rows - self._side.mean
+
+    def project(self, centred: torch.Tensor) -> torch.Tensor:
+        """Return the coefficients of rows that `centre` returned, as `forward` does."""
+        return self._forward_weights @ centred.to(self._dtype).t()
 
     def inverse(self, coefficients: torch.Tensor, layer: int) -> torch.Tensor:
         """Reconstruct one layer.

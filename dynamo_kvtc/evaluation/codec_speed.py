@@ -29,7 +29,7 @@ __all__ = ["CodecSpeed", "EntropyCoding", "decode_blocks", "entropy_coding", "me
 _Stages = dict[str, tuple[Callable[..., Any], ...]]
 _ENCODE_STAGES: _Stages = {
     "remove RoPE": (RopeParameters.rotate,),
-    "project": (SideTransform.forward,),
+    "centre and project": (SideTransform.centre, SideTransform.project),
     "quantise": (PlanQuantiser.quantise, predict_levels, RdQuantiser.quantise),
     "pack": (packing.pack, rd_packing.pack),
     "entropy coding": (encode_chunk,),

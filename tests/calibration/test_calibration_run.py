@@ -22,6 +22,7 @@ from dynamo_kvtc.calibration.settings import (
     digest_inputs,
     split_layers,
 )
+from dynamo_kvtc.calibration.transformers_cache import cache_of
 from dynamo_kvtc.codec.base import TierBlock
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.kvtc import KvtcCodec
@@ -41,7 +42,7 @@ def test_the_artifact_serves_the_codec_with_the_error_it_promises(calibrated, se
     # Text that calibration has not seen, through real streams.
     ids = loaded.tokenizer("a fresh sentence of other words; x = f(y) + 3\n" * 4)["input_ids"]
     with torch.inference_mode():
-        cache = loaded.model(torch.tensor([ids])).past_key_values
+        cache = cache_of(loaded.model(torch.tensor([ids])))
     keys, values = (
         torch.stack([getattr(layer, side)[0] for layer in cache.layers]).permute(2, 0, 1, 3).contiguous()
         for side in ("keys", "values")

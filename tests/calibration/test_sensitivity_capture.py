@@ -16,6 +16,7 @@ from dynamo_kvtc.calibration.sensitivity_capture import (
     capture_sensitivity,
     pull_back,
 )
+from dynamo_kvtc.calibration.transformers_cache import cache_argument, cache_of
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import CalibrationError
 
@@ -36,7 +37,7 @@ def log_likelihood(loaded, labels, key_change, value_change) -> tuple[torch.Tens
     """
     context = len(TOKEN_IDS) - SCORED
     ids = torch.tensor([TOKEN_IDS])
-    filled = loaded.model(input_ids=ids[:, :context], use_cache=True).past_key_values
+    filled = cache_of(loaded.model(input_ids=ids[:, :context], use_cache=True))
     shape = (context, 2, 2, 8)
     rotated = loaded.rope.apply_rope(key_change.view(shape), torch.arange(context))  # linear, so of changes
     cache = DynamicCache()
@@ -46,7 +47,7 @@ def log_likelihood(loaded, labels, key_change, value_change) -> tuple[torch.Tens
             layer.values + value_change.view(shape)[:, index].transpose(0, 1)[None].double(),
             index,
         )
-    logits = loaded.model(input_ids=ids[:, context:], past_key_values=cache).logits[0]
+    logits = loaded.model(input_ids=ids[:, context:], **cache_argument(loaded.model, cache)).logits[0]
     log_probabilities = logits.log_softmax(-1)
     if labels is None:
         generator = torch.Generator().manual_seed(SEED)

@@ -15,7 +15,7 @@ from dynamo_kvtc.cli.app import app
 runner = CliRunner()
 
 HEALTHY: dict[str, dict[str, Any]] = {
-    "torch": {"version": "2.13.0", "threads": 8, "amx_bf16": True, "cuda_build": None, "gpu": None},
+    "torch": {"version": "2.13.0", "threads": 8, "bfloat16": "AMX", "cuda_build": None, "gpu": None},
     "nixl": {"ucx": True, "posix": True, "file_mode": "io_uring"},
     "nvcomp": {"error": "ModuleNotFoundError: No module named 'nvidia'"},
 }
@@ -100,7 +100,7 @@ def test_nixl_versions(
 
 
 def test_optional_parts_are_only_advised(found: dict[str, Any], wheels: dict[str, str]) -> None:
-    found["torch"].update(amx_bf16=False, cuda_build="13.0")
+    found["torch"].update(bfloat16=None, cuda_build="13.0")
     found["nixl"]["file_mode"] = "aio"
     assert check("bfloat16 on the CPU").status == "absent"
     assert check("CUDA").status == "warning" and "driver" in check("CUDA").advice

@@ -72,13 +72,22 @@ def test_compute_dtype_is_chosen_by_name():
         resolve_compute_dtype("float8")
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_follows_the_cpu(monkeypatch, amx, expected):
-    # The CPU at hand is either; its answer is replaced to see both.
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ],
+)
+def test_auto_follows_the_cpu(monkeypatch, amx, avx512, expected):
+    # The CPU at hand is one of these; its answers are replaced to see all.
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     assert resolve_compute_dtype("auto") is expected
 
 
 def test_auto_is_float32_where_torch_cannot_tell(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert resolve_compute_dtype("auto") is torch.float32

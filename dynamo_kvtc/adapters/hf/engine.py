@@ -8,6 +8,7 @@ import torch
 
 from dynamo_kvtc.adapters.hf.hashing import sequence_hashes
 from dynamo_kvtc.calibration.models import LoadedModel
+from dynamo_kvtc.calibration.transformers_cache import cache_argument
 from dynamo_kvtc.errors import LayoutError
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.paged import PagedKvCache
@@ -122,9 +123,9 @@ class HfSession:
         cached = min(self.num_cached, len(self.token_ids) - 1)
         new = torch.tensor([self.token_ids[cached:]])
         past = self._past(cached)
-        output = self.engine.loaded.model(
-            input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=last
-        )
+        model = self.engine.loaded.model
+        given = cache_argument(model, past)
+        output = model(input_ids=new, use_cache=True, logits_to_keep=last, **given)
         self._write_back(past, cached)
         return output.logits[0].float()  # type: ignore[no-any-return]
 
@@ -142,10 +143,10 @@ class HfSession:
         start = min(self.num_cached, len(self.token_ids) - 1)
         past = self._past(start)
         pending, generated = self.token_ids[start:], list[int]()
+        given = cache_argument(model, past)
         while len(generated) < max_tokens:
-            output = model(
-                input_ids=torch.tensor([pending]), past_key_values=past, use_cache=True, logits_to_keep=1
-            )
+            ids = torch.tensor([pending])
+            output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
             token = int(output.logits[0, -1].argmax())
             generated.append(token)
             pending = [token]
