@@ -120,7 +120,7 @@ def test_every_class_is_used_where_it_is_the_cheapest():
         SymbolClass.WIDE: 2000.0,
         SymbolClass.BYTE: 15.0,
         SymbolClass.NIBBLE: 0.5,
-        SymbolClass.TRIT: 0.36,
+        SymbolClass.TRIT: 0.4,
     }
     counts = fit_plan(_laplacian(2000, list(deviations.values())), 1.0).plan.counts
     assert counts == (1, 1, 1, 1)
