@@ -26,7 +26,7 @@ ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check --quiet
 VLLM ?= 0.31.0
 DYNAMO := 1.6.1
 
-.PHONY: demo demo-short test e2e e2e-ci lint types schema docs quality quality-quick engine clean help
+.PHONY: demo demo-short test e2e e2e-ci lint types schema manifests docs quality quality-quick engine clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,6 +55,9 @@ types: $(VENV)/.test  ## Check types
 
 schema: $(VENV)/.core  ## Write configs/schema.json from the code
 	$(KVTC) schema > configs/schema.json
+
+manifests: $(VENV)/.test  ## Render the Helm chart into k8s/manifests
+	$(VENV)/bin/python k8s/render.py
 
 docs: $(VENV)/.demo  ## Write the API reference to build/api
 	$(PIP) install --editable '.[docs]'

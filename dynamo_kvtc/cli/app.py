@@ -40,6 +40,7 @@ __all__ = ["COMMANDS", "app"]
 COMMANDS: dict[str, str] = {
     "demo": "Run the whole way on a small real model and show what it saves.",
     "calibrate": "Fit an artifact to a model: bases, bit plans, expected errors.",
+    "publish": "Put an artifact into a store of artifacts, under its id.",
     "evaluate": "Measure ratio and quality of an artifact on held-out text.",
     "inspect": "Show and verify an artifact, a stored object or a disk tier's folder.",
     "bench": "Measure encode, decode, transfers and lookups on this machine.",
