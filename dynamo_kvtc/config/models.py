@@ -239,6 +239,14 @@ class ObservabilityConfig(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log lines to write to standard error, unless the host has set up logging already."""
 
+    metrics_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """Port of the endpoint with /metrics, /status and /healthz; 0 takes any free one, null opens none. Needs
+    the extra metrics."""
+
+    metrics_address: Annotated[str, Field(min_length=1, max_length=255)] = "127.0.0.1"
+    """Address that the endpoint listens on; it has no authentication. 0.0.0.0 is every address of this
+    machine, as a scraper outside of a pod needs it."""
+
 
 class SecurityConfig(_Section):
     """Who may share what."""
@@ -290,7 +298,7 @@ class Config(_Section):
     """How offload and onboard run."""
 
     observability: ObservabilityConfig = ObservabilityConfig()
-    """Logs."""
+    """Logs and metrics."""
 
     security: SecurityConfig = SecurityConfig()
     """Isolation between tenants."""

@@ -1,19 +1,45 @@
-"""What an operator can see: counters, their snapshot, logs.
+"""What an operator can see: counters, their snapshot, metrics, the endpoint, logs.
 
-Owns: the counters of one process and how logs look. Does not own: when something is counted (the
-pipeline does that) or how it is shown (`status`, the command line).
+Owns: the counters of one process, every metric's name and unit, how they leave the process, how logs look.
+Does not own: when something is counted (the pipeline does that) or how it is shown in a terminal (the
+command line).
 """
 
-from dynamo_kvtc.observability.counters import Counters, DropReason, MissReason, Snapshot, Stage, miss_reason
+from dynamo_kvtc.observability.counters import (
+    Action,
+    Counters,
+    DropReason,
+    MissReason,
+    Outcome,
+    Snapshot,
+    Stage,
+    Step,
+    error_type,
+    miss_reason,
+)
+from dynamo_kvtc.observability.endpoint import MetricsEndpoint
 from dynamo_kvtc.observability.logs import LOG_LEVELS, configure_logging
+from dynamo_kvtc.observability.metrics import METRICS, Family, Metric, metric_families
+from dynamo_kvtc.observability.prometheus import StatusCollector, exposition
 
 __all__ = [
     "LOG_LEVELS",
+    "METRICS",
+    "Action",
     "Counters",
     "DropReason",
+    "Family",
+    "Metric",
+    "MetricsEndpoint",
     "MissReason",
+    "Outcome",
     "Snapshot",
     "Stage",
+    "StatusCollector",
+    "Step",
     "configure_logging",
+    "error_type",
+    "exposition",
+    "metric_families",
     "miss_reason",
 ]

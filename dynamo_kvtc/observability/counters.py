@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from dynamo_kvtc import errors
 from dynamo_kvtc.errors import (
     BitstreamError,
     KvtcError,
@@ -24,8 +25,20 @@ from dynamo_kvtc.errors import (
     TransferError,
     TransferTimeoutError,
 )
+from dynamo_kvtc.observability.histogram import Histogram
 
-__all__ = ["Counters", "DropReason", "MissReason", "Snapshot", "Stage", "miss_reason"]
+__all__ = [
+    "Action",
+    "Counters",
+    "DropReason",
+    "MissReason",
+    "Outcome",
+    "Snapshot",
+    "Stage",
+    "Step",
+    "error_type",
+    "miss_reason",
+]
 
 #: Why a tier block was not offloaded.
 DropReason = Literal["queue_full", "unencodable", "tier_full", "transfer", "timeout", "closed", "error"]
@@ -35,6 +48,15 @@ MissReason = Literal["missing", "damaged", "mismatch", "transfer", "timeout", "c
 
 #: What the pipeline spends time on.
 Stage = Literal["gather", "encode", "store", "transfer", "decode"]
+
+#: How an onboard ended: every tier block in place, only the leading ones, or none.
+Outcome = Literal["complete", "partial", "failed"]
+
+#: Where the policy decides.
+Step = Literal["offload", "onboard"]
+
+#: What it decides: how a tier block is stored or that it is not, whether a found prefix is promised.
+Action = Literal["compress", "raw", "skip", "onboard", "trim", "recompute", "probe"]
 
 # The first class that fits names the reason, so subclasses stand before their bases.
 _MISS_REASONS: tuple[tuple[type[KvtcError], MissReason], ...] = (
@@ -57,15 +79,25 @@ def miss_reason(error: BaseException) -> MissReason:
     return "error"
 
 
+def error_type(error: BaseException) -> str:
+    """Return the class of an error of this package, or ``"unexpected"``: a closed set of labels."""
+    name = type(error).__name__
+    return name if name in errors.__all__ else "unexpected"
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The counters of one process at one moment, since its start.
 
     Attributes
     ----------
+    lookups : int
+        Lookups, one per request that asked.
     looked_up_blocks, found_blocks : int
         Tier blocks asked for in lookups and those that a tier held: the denominator and the
         numerator of the hit rate.
+    looked_up_tokens, found_tokens : int
+        The same in tokens; the tokens behind a sequence's last whole tier block are asked for, too.
     offloaded_blocks, offloaded_tokens : int
         Tier blocks stored, and their tokens.
     offloaded_raw_bytes, offloaded_stored_bytes : int
@@ -78,10 +110,27 @@ class Snapshot:
         Tier blocks found in a lookup and not onboarded, by `MissReason`; every reason is present.
     stage_seconds : Mapping[str, float]
         Seconds spent per `Stage`. Stages overlap: their sum over the wall time is the overlap.
+    errors : Mapping[str, int]
+        Failures by the class of the error; only classes that occurred.
+    onboards : Mapping[str, int]
+        Onboards by `Outcome`; every outcome is present.
+    onboard_busy_seconds : Mapping[str, float]
+        Seconds of onboards in which at least one transfer, or at least one decode, was under way.
+        Their sum over the sum of `onboard_seconds` is the overlap: 1 is none, 2 is perfect.
+    onboard_seconds, first_layer_seconds : Mapping[str, Any]
+        Histograms: from the start of an onboard to its end, and to its first layer in place.
+    recompute_avoided_seconds : float
+        What the prefill of the onboarded tokens would have taken at the speed known then; 0 while the
+        prefill speed is unknown.
+    decisions : Mapping[str, Mapping[str, int]]
+        The policy's decisions by `Step` and `Action`; at offload in tier blocks, at onboard in lookups.
     """
 
+    lookups: int
     looked_up_blocks: int
     found_blocks: int
+    looked_up_tokens: int
+    found_tokens: int
     offloaded_blocks: int
     offloaded_tokens: int
     offloaded_raw_bytes: int
@@ -93,6 +142,13 @@ class Snapshot:
     dropped_blocks: Mapping[str, int]
     missed_blocks: Mapping[str, int]
     stage_seconds: Mapping[str, float]
+    errors: Mapping[str, int]
+    onboards: Mapping[str, int]
+    onboard_busy_seconds: Mapping[str, float]
+    onboard_seconds: Mapping[str, Any]
+    first_layer_seconds: Mapping[str, Any]
+    recompute_avoided_seconds: float
+    decisions: Mapping[str, Mapping[str, int]]
 
     @property
     def offload_ratio(self) -> float | None:
@@ -106,9 +162,16 @@ class Snapshot:
         asked = self.looked_up_blocks
         return self.found_blocks / asked if asked else None
 
+    @property
+    def overlap(self) -> float | None:
+        """Transfer plus decode time over the wall time of all onboards; None before the first."""
+        wall = self.onboard_seconds["sum"]
+        return sum(self.onboard_busy_seconds.values()) / wall if wall else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON, with the derived ratios."""
-        return {**asdict(self), "offload_ratio": self.offload_ratio, "hit_rate": self.hit_rate}
+        derived = {"offload_ratio": self.offload_ratio, "hit_rate": self.hit_rate, "overlap": self.overlap}
+        return {**asdict(self), **derived}
 
 
 class Counters:
@@ -118,7 +181,7 @@ class Counters:
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(
             (
-                *("looked_up_blocks", "found_blocks"),
+                *("lookups", "looked_up_blocks", "found_blocks", "looked_up_tokens", "found_tokens"),
                 *(f"offloaded_{unit}" for unit in ("blocks", "tokens", "raw_bytes", "stored_bytes")),
                 *(f"onboarded_{unit}" for unit in ("blocks", "tokens", "raw_bytes", "stored_bytes")),
             ),
@@ -127,10 +190,24 @@ class Counters:
         self._dropped: dict[str, int] = dict.fromkeys(get_args(DropReason), 0)
         self._missed: dict[str, int] = dict.fromkeys(get_args(MissReason), 0)
         self._seconds: dict[str, float] = dict.fromkeys(get_args(Stage), 0.0)
+        self._errors: dict[str, int] = {}
+        self._onboards: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
+        self._busy = {"transfer": 0.0, "decode": 0.0}
+        self._onboard_seconds, self._first_layer_seconds = Histogram(), Histogram()
+        self._avoided_s = 0.0
+        self._decisions = {step: dict.fromkeys(get_args(Action), 0) for step in get_args(Step)}
 
-    def looked_up(self, asked_blocks: int, found_blocks: int) -> None:
+    def looked_up(
+        self, asked_blocks: int, found_blocks: int, asked_tokens: int = 0, found_tokens: int = 0
+    ) -> None:
         """Count one lookup of `asked_blocks` tier blocks, of which a tier held `found_blocks`."""
-        self._add(looked_up_blocks=asked_blocks, found_blocks=found_blocks)
+        self._add(
+            lookups=1,
+            looked_up_blocks=asked_blocks,
+            found_blocks=found_blocks,
+            looked_up_tokens=asked_tokens,
+            found_tokens=found_tokens,
+        )
 
     def offloaded(self, blocks: int, tokens: int, raw_bytes: int, stored_bytes: int) -> None:
         """Count tier blocks that became visible in a tier."""
@@ -160,6 +237,50 @@ class Counters:
         with self._lock:
             self._missed[reason] += blocks
 
+    def failed(self, error: BaseException) -> None:
+        """Count a failure by its class."""
+        name = error_type(error)
+        with self._lock:
+            self._errors[name] = self._errors.get(name, 0) + 1
+
+    def onboard_ended(
+        self,
+        outcome: Outcome,
+        *,
+        seconds: float,
+        first_layer_s: float | None,
+        transfer_s: float,
+        decode_s: float,
+    ) -> None:
+        """Count an onboard that has ended, and its times.
+
+        Parameters
+        ----------
+        seconds : float
+            From its start to its end.
+        first_layer_s : float, optional
+            To its first layer in place, if there was one.
+        transfer_s, decode_s : float
+            How long at least one transfer, and at least one decode, was under way.
+        """
+        with self._lock:
+            self._onboards[outcome] += 1
+            self._onboard_seconds.observe(seconds)
+            if first_layer_s is not None:
+                self._first_layer_seconds.observe(first_layer_s)
+            self._busy["transfer"] += transfer_s
+            self._busy["decode"] += decode_s
+
+    def recompute_avoided(self, seconds: float) -> None:
+        """Count prefill that onboarded tokens made unnecessary."""
+        with self._lock:
+            self._avoided_s += seconds
+
+    def decided(self, step: Step, action: Action, count: int = 1) -> None:
+        """Count decisions of the policy."""
+        with self._lock:
+            self._decisions[step][action] += count
+
     def add_seconds(self, stage: Stage, seconds: float) -> None:
         """Add time spent in a stage."""
         with self._lock:
@@ -182,6 +303,13 @@ class Counters:
                 dropped_blocks=dict(self._dropped),
                 missed_blocks=dict(self._missed),
                 stage_seconds=dict(self._seconds),
+                errors=dict(self._errors),
+                onboards=dict(self._onboards),
+                onboard_busy_seconds=dict(self._busy),
+                onboard_seconds=self._onboard_seconds.to_dict(),
+                first_layer_seconds=self._first_layer_seconds.to_dict(),
+                recompute_avoided_seconds=self._avoided_s,
+                decisions={step: dict(actions) for step, actions in self._decisions.items()},
             )
 
     def _add(self, **amounts: int) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
+from typing import Any
 
+from dynamo_kvtc import __version__
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
-from dynamo_kvtc.observability import Counters, Snapshot
+from dynamo_kvtc.observability import Counters, MetricsEndpoint, Snapshot
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
@@ -26,14 +29,28 @@ from dynamo_kvtc.transfer.staging import StagingPool
 
 __all__ = ["AdapterStatus", "TierAdapter"]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """What `TierAdapter.status` returns: the counters, and each tier's own."""
+    """What `TierAdapter.status` returns: the counters, each tier's own, and what is going on."""
 
     counters: Snapshot
     tiers: dict[str, TierStats]
     offloads_pending: int
+    offload_queue_limit: int = 0
+    onboards_active: int = 0
+    promotions: int = 0
+    failed_puts: int = 0
+    artifact: Mapping[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON and `metric_families`."""
+        tiers = {name: asdict(stats) for name, stats in self.tiers.items()}
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return {**plain, "counters": self.counters.to_dict(), "tiers": tiers, "artifact": dict(self.artifact)}
 
 
 class TierAdapter:
@@ -103,6 +120,12 @@ class TierAdapter:
             codec, tiers, staging, policy, self.counters, self._onboard_threads, onboard
         )
         self._onboards: set[OnboardHandle] = set()
+        self._closing: list[Callable[[], Awaitable[None]]] = []
+        self._queue_limit = queue_limit
+        #: The HTTP endpoint, if one was opened.
+        self.endpoint: MetricsEndpoint | None = None
+        #: What blocks are encoded with, for the status.
+        self.artifact: Mapping[str, Any] = {"id": artifact_id.hex()}
         self._closed = False
 
     def namespace(self, salt: bytes = b"") -> Namespace:
@@ -136,8 +159,10 @@ class TierAdapter:
         self._check_open()
         keys = self.keys(hashes, salt=salt)
         found = await self.tiers.contains_prefix(keys)
-        self.counters.looked_up(len(keys), found)
-        return found * self.policy.tier_block_tokens
+        tokens = found * self.policy.tier_block_tokens
+        self.counters.looked_up(len(keys), found, len(hashes) * self.block_size, tokens)
+        _log.debug("looked up", extra={"kvtc": {"asked": len(hashes) * self.block_size, "found": tokens}})
+        return tokens
 
     def offload(
         self, blocks: SequenceBlocks, source: PagedKvCache, *, num_tokens: int | None = None
@@ -203,13 +228,28 @@ class TierAdapter:
 
     def status(self) -> AdapterStatus:
         """Return counters and tier statistics."""
-        return AdapterStatus(self.counters.snapshot(), self.tiers.stats(), self._offloader.pending)
+        return AdapterStatus(
+            self.counters.snapshot(),
+            self.tiers.stats(),
+            self._offloader.pending,
+            offload_queue_limit=self._queue_limit,
+            onboards_active=len(self._onboards),
+            promotions=self.tiers.promotions,
+            failed_puts=self.tiers.failed_puts,
+            artifact=self.artifact,
+        )
+
+    def on_close(self, release: Callable[[], Awaitable[None]]) -> None:
+        """Let `close` await `release` before it closes anything else."""
+        self._closing.append(release)
 
     async def close(self) -> None:
         """Cancel onboards, finish the offload in work, drop what waits, release everything. Idempotent."""
         if self._closed:
             return
         self._closed = True
+        for release in self._closing:
+            await release()
         await asyncio.gather(*(handle.cancel() for handle in list(self._onboards)))
         await self._offloader.close()
         self._offload_thread.shutdown(wait=False)

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 from dynamo_kvtc.calibration.artifact import load_artifact
 from dynamo_kvtc.codec.base import KvCodec
@@ -18,6 +19,7 @@ from dynamo_kvtc.config import Config, HostTierConfig, TierConfig
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
+from dynamo_kvtc.pipeline.expose import expose
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import Tier
@@ -102,8 +104,20 @@ async def open_adapter(
             decode_threads=config.pipeline.decode_threads or min(_MOST_DECODE_THREADS, cores),
             store_timeout_s=config.transfer.timeout,
         )
+        adapter.artifact = {"id": artifact_id.hex(), **_encoder(config)}
+        if config.observability.metrics_port is not None:
+            expose(adapter, config.observability.metrics_address, config.observability.metrics_port)
         opened.pop_all()  # the adapter closes them from here on
     return adapter
+
+
+def _encoder(config: Config) -> dict[str, Any]:
+    """Say what blocks are encoded with, for people."""
+    wanted = config.encoding
+    if wanted.profile == "raw":
+        return {"profile": "raw", "plan": None}
+    plan = f"max_kl={wanted.max_kl:g}" if wanted.max_kl is not None else f"ratio={wanted.plan_ratio:g}"
+    return {"profile": wanted.profile, "plan": plan}
 
 
 def _policy(config: Config) -> OffloadPolicy:

@@ -286,6 +286,7 @@ class Offloader:
             _log.warning("%d tier blocks not offloaded (%s): %s", len(jobs), reason, error)
         else:
             _log.error("%d tier blocks not offloaded by an unexpected error", len(jobs), exc_info=error)
+        self._counters.failed(error)
         for job in jobs:
             self._finish_dropped(job, reason)
 

@@ -32,7 +32,8 @@ from dynamo_kvtc.errors import (
     TierClosedError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.observability import Counters, Stage, miss_reason
+from dynamo_kvtc.observability import Counters, Stage
+from dynamo_kvtc.pipeline.accounting import EndedOnboard
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.paged import PagedKvCache
@@ -167,7 +168,8 @@ class _Request:
         elif (error := task.exception()) is not None:
             _log.error("onboarding failed by an unexpected error", exc_info=error)
             self._fail_from(0, error)
-        self._count()
+        ended = EndedOnboard(self._refs, self._headers[: self._sound], self._timeline, self._cause)
+        ended.count(self._counters, self._codec.geometry.token_bytes)
         self._handle._finish(self._error())
 
     async def _load(self) -> None:
@@ -371,19 +373,6 @@ class _Request:
         )
         error.__cause__ = self._cause
         return error
-
-    def _count(self) -> None:
-        sound = self._refs[: self._sound]
-        if sound:
-            tokens = sum(ref.num_tokens for ref in sound)
-            self._counters.onboarded(
-                blocks=len(sound),
-                tokens=tokens,
-                raw_bytes=tokens * self._codec.geometry.token_bytes,
-                stored_bytes=sum(header.stream_size for header in self._headers[: self._sound]),
-            )
-        if self._cause is not None:
-            self._counters.missed(miss_reason(self._cause), len(self._refs) - self._sound)
 
 
 def _until_failure(

@@ -1,0 +1,88 @@
+"""What is counted and logged of an onboard that has ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.observability import Counters, Outcome, error_type, miss_reason
+from dynamo_kvtc.pipeline.blocks import TierBlockRef
+from dynamo_kvtc.pipeline.timeline import Timeline
+
+__all__ = ["EndedOnboard"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EndedOnboard:
+    """An onboard that has ended.
+
+    Attributes
+    ----------
+    refs : Sequence[TierBlockRef]
+        Every tier block that was asked for.
+    headers : Sequence[StreamHeader]
+        Of the tier blocks whose KV is in place.
+    cause : BaseException, optional
+        What ended the onboard in front of the other tier blocks.
+    """
+
+    refs: Sequence[TierBlockRef]
+    headers: Sequence[StreamHeader]
+    timeline: Timeline
+    cause: BaseException | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in place."""
+        return sum(ref.num_tokens for ref in self.refs[: len(self.headers)])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the objects whose KV is in place."""
+        return sum(header.stream_size for header in self.headers)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended."""
+        if len(self.headers) == len(self.refs):
+            return "complete"
+        return "partial" if self.headers else "failed"
+
+    def count(self, counters: Counters, token_bytes: int) -> None:
+        """Add it to the counters and write its line into the log.
+
+        Parameters
+        ----------
+        token_bytes : int
+            Size of one token's KV in the cache's dtype.
+        """
+        if not self.refs:
+            return
+        blocks, tokens = len(self.headers), self.tokens
+        counters.onboarded(blocks, tokens, tokens * token_bytes, self.stored_bytes)
+        if self.cause is not None:
+            counters.missed(miss_reason(self.cause), len(self.refs) - blocks)
+            counters.failed(self.cause)
+        seconds = time.perf_counter() - self.timeline.origin
+        counters.onboard_ended(
+            self.outcome,
+            seconds=seconds,
+            first_layer_s=min(self.timeline.layer_ready.values(), default=None),
+            transfer_s=self.timeline.busy_s("transfer"),
+            decode_s=self.timeline.busy_s("open", "project"),
+        )
+        if _log.isEnabledFor(logging.DEBUG):
+            fields = {
+                "outcome": self.outcome,
+                "tokens": tokens,
+                "bytes": self.stored_bytes,
+                "seconds": f"{seconds:.4f}",
+                "overlap": f"{self.timeline.overlap:.2f}",
+                "cause": "none" if self.cause is None else error_type(self.cause),
+            }
+            _log.debug("onboarded", extra={"kvtc": fields})
