@@ -7,6 +7,7 @@
 #   DEMO_ARGS=…        arguments of `dynamo-kvtc demo`
 #   PYTEST_ARGS=…      arguments of pytest
 #   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
+#   FUZZ_ARGS=…        arguments of `python -m benchmarks.fuzz`
 
 VENV := .venv
 ENGINE := .venv-engine
@@ -69,8 +70,14 @@ quality: $(VENV)/.demo  ## Compare codecs on tasks and models: hours, and a mode
 quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's model
 	$(VENV)/bin/python -m benchmarks.quality run --quick --out quality-quick-output $(QUALITY_ARGS)
 
+# Trust
+.PHONY: fuzz
+
+fuzz: $(VENV)/.test  ## Fuzz every reader with more than ten million cases: tens of minutes
+	$(VENV)/bin/python -m benchmarks.fuzz $(FUZZ_ARGS)
+
 clean:  ## Remove the environment and everything that tools left behind
-	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output
+	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output fuzz-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

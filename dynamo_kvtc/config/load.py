@@ -85,13 +85,20 @@ class _Reading:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: no tags beyond YAML's own, no anchors, which could multiply a small file."""
+    """Plain values only: no anchors, which could multiply a small file, and no tags.
+
+    With a tag a value can be claimed to be what it is not, where PyYAML's constructors fail in ways of
+    their own.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            events: Any = self  # the stubs leave the parser's methods untyped
-            mark = events.peek_event().start_mark
+        events: Any = self  # the stubs leave the parser's methods untyped
+        event = events.peek_event()
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "tags are not supported", mark)
         return super().compose_node(parent, index)
 
 
@@ -187,7 +194,7 @@ def _apply_environment(reading: _Reading, env: Mapping[str, str]) -> None:
         reading.sources[path] = variable
         try:
             value = yaml.load(env[variable], Loader=_Loader)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = env[variable]
         if isinstance(value, dict | list):
             reading.report(path, "an environment variable sets one value, not a list or a mapping")

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
-__all__ = ["Duration", "Size", "format_duration", "format_size", "parse_duration", "parse_size"]
+__all__ = [
+    "MAX_DURATION_S",
+    "MAX_SIZE",
+    "Duration",
+    "Size",
+    "format_duration",
+    "format_size",
+    "parse_duration",
+    "parse_size",
+]
 
 _SIZE_UNITS: dict[str, int] = {
     "b": 1,
@@ -26,6 +35,11 @@ _DURATION_UNITS: dict[str, Fraction] = {
     "min": Fraction(60),
     "h": Fraction(3600),
 }
+
+#: Largest size, in bytes (4 EiB), and longest duration, in seconds (30 days): what lies
+#: beyond them is a slip of the pen, and more than the operating system's calls can take.
+MAX_SIZE = 1 << 62
+MAX_DURATION_S = 30 * 24 * 3600
 
 _QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([A-Za-z]+)")
 
@@ -47,17 +61,25 @@ def parse_size(value: object) -> int:
     Raises
     ------
     ValueError
-        If it is neither, or not a whole number of bytes.
+        If it is neither, not a whole number of bytes, or more than `MAX_SIZE`.
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return _bounded_size(value, value)
     quantity = _split(value) if isinstance(value, str) else None
     if quantity is None or quantity[1].lower() not in _SIZE_UNITS:
         raise ValueError(f"{value!r} is not a size; write for example 4GiB, 500MB or a number of bytes")
     nbytes = quantity[0] * _SIZE_UNITS[quantity[1].lower()]
     if nbytes.denominator != 1:
         raise ValueError(f"{value!r} is not a whole number of bytes")
-    return int(nbytes)
+    return _bounded_size(int(nbytes), value)
+
+
+def _bounded_size(nbytes: int, written: object) -> int:
+    if nbytes > MAX_SIZE:
+        raise ValueError(
+            f"{written!r} is more than any machine has; the largest size is {MAX_SIZE >> 50} PiB"
+        )
+    return nbytes
 
 
 def format_size(nbytes: int) -> str:
@@ -80,12 +102,15 @@ def parse_duration(value: object) -> float:
     Raises
     ------
     ValueError
-        If it is anything else.
+        If it is anything else, or more than `MAX_DURATION_S`.
     """
     quantity = _split(value) if isinstance(value, str) else None
     if quantity is None or quantity[1].lower() not in _DURATION_UNITS:
         raise ValueError(f"{value!r} is not a duration; write for example 200ms, 5s or 2min")
-    return float(quantity[0] * _DURATION_UNITS[quantity[1].lower()])
+    seconds = quantity[0] * _DURATION_UNITS[quantity[1].lower()]
+    if seconds > MAX_DURATION_S:
+        raise ValueError(f"{value!r} is no deadline; the longest duration is {MAX_DURATION_S // 3600} h")
+    return float(seconds)
 
 
 def format_duration(seconds: float) -> str:
