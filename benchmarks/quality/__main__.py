@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from benchmarks.quality import robustness
 from benchmarks.quality.codecs import CODECS
 from benchmarks.quality.models import MODELS
 from benchmarks.quality.plots import write_plots
@@ -121,6 +123,55 @@ def report(
             print_table(equal_quality_table(model, found))
     print_note("in brackets: 95 % intervals over documents")
     print_note(f"written: {', '.join(str(path) for path in (out / _RESULTS, *paths))}")
+
+
+@app.command("robustness")
+def robustness_command(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(MODELS)}, a model folder or .gguf file.")
+    ] = "smollm2",
+    quick: Annotated[bool, typer.Option(help="Two small calibrations only.")] = False,
+    dtype: Annotated[str, typer.Option(help="dtype of model and caches.")] = "float32",
+    tier_block_tokens: Annotated[int, typer.Option(help="Tokens per stream.", min=16)] = 256,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; its own choice by default.", min=1)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; it must not hold any yet.")
+    ] = _DEFAULT_OUT,
+) -> None:
+    """Calibrate rd on less and more text, on single domains and on other draws, and compare the artifacts."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    plan = robustness.QUICK if quick else robustness.FULL
+    _open_folder(out)
+    scores = []
+    with progress() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(step: Step) -> None:
+            bar.update(task, description=step.stage, completed=step.done, total=step.total)
+
+        for score in robustness.run_variants(model, plan, dtype, tier_block_tokens, show):
+            write_score(out / _SCORES, score)
+            scores.append(score)
+    compared = robustness.compare(scores, plan)
+    settings = {"model": model, "quick": quick, "dtype": dtype, "tier_block_tokens": tier_block_tokens}
+    settings |= {"kl": plan.kl, "reference": plan.reference}
+    write_results(
+        out / _RESULTS,
+        summarise(scores),
+        {},
+        environment=describe_environment(),
+        settings=settings,
+        bytes_over_reference={
+            variant: {group: interval and asdict(interval) for group, interval in by_group.items()}
+            for variant, by_group in compared.items()
+        },
+    )
+    print_table(robustness.robustness_table(scores, compared, plan))
+    print_note("in brackets: 95 % intervals over documents")
+    print_note(f"written: {out / _RESULTS}")
 
 
 def _names(text: str) -> list[str]:

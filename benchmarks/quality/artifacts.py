@@ -14,7 +14,7 @@ from dynamo_kvtc.calibration.run import Progress, calibrate
 from dynamo_kvtc.calibration.settings import CalibrationSettings
 from dynamo_kvtc.errors import EvaluationError
 
-__all__ = ["CalibrationPlan", "artifacts_for"]
+__all__ = ["CalibrationPlan", "artifacts_for", "calibrated"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,17 @@ class CalibrationPlan:
     Attributes
     ----------
     tokens, document_tokens : int
-        Tokens of calibration text in all, evenly from all domains, and of one document.
+        Tokens of calibration text in all, evenly from all its domains, and of one document.
     ratios : Mapping[str, tuple[float, ...]]
         Nominal ratios by profile.
     layers_per_group : int or None
         Consecutive layers with one basis; None for each profile's best.
     sensitivity_documents, validation_documents : int
         Documents that rd takes the model's sensitivity from, and that it measures its plans on.
+    domains : tuple[str, ...]
+        Names of `DOMAINS` whose calibration texts are used.
+    seed : int
+        Chooses the documents among the texts', and everything else that is drawn.
     """
 
     tokens: int = 81_920
@@ -44,6 +48,8 @@ class CalibrationPlan:
     layers_per_group: int | None = None
     sensitivity_documents: int = 24
     validation_documents: int = 4
+    domains: tuple[str, ...] = tuple(DOMAINS)
+    seed: int = 0
 
 
 def artifacts_for(
@@ -83,20 +89,25 @@ def artifacts_for(
     for profile in profiles:
         ready = [load_artifact(path) for path in given.get(profile, ())]
         own = [artifact for artifact in ready if artifact.manifest.model.weights_hash == weights_hash]
-        found[profile] = own[0] if own else _calibrated(folder, profile, dtype, plan, progress)
+        found[profile] = own[0] if own else calibrated(folder, profile, dtype, plan, progress)
     return found
 
 
-def _calibrated(
+def calibrated(
     folder: Path, profile: str, dtype: str, plan: CalibrationPlan, progress: Callable[[Progress], None]
 ) -> Artifact:
+    """Return a model's artifact of one profile from the cache, or calibrate it; see `artifacts_for`."""
     if profile not in plan.ratios:
         raise EvaluationError(f"there is no calibration of profile {profile!r}; give an artifact")
     layers = plan.layers_per_group or "best"
     name = f"{folder.name}-{profile}-{dtype}-{plan.tokens}-tokens-{layers}-layers"
+    if plan.domains != tuple(DOMAINS):
+        name += f"-{'-'.join(plan.domains)}"
+    if plan.seed:
+        name += f"-seed-{plan.seed}"
     settings = CalibrationSettings(
         model=str(folder),
-        texts=tuple(domain.calibration for domain in DOMAINS.values()),
+        texts=tuple(DOMAINS[name].calibration for name in plan.domains),
         out=cache_folder() / "quality" / name,
         profile=profile,
         tokens=plan.tokens,
@@ -106,5 +117,6 @@ def _calibrated(
         dtype=dtype,
         sensitivity_documents=plan.sensitivity_documents,
         validation_documents=plan.validation_documents,
+        seed=plan.seed,
     )
     return calibrate(settings, progress)

@@ -78,10 +78,12 @@ def bytes_at_equal_kl(
         if not all(curve.encloses(level) for curve in curves):
             continue
         own, other = (curve.log_ratio(level, None) for curve in curves)
-        resampled = [
-            curves[1].log_ratio(level, chosen) - curves[0].log_ratio(level, chosen) for chosen in drawn
-        ]
-        interval = percentiles(float(np.exp(other - own)), np.exp(np.array(resampled)))
+        resampled = np.array(
+            [curves[1].log_ratio(level, chosen) - curves[0].log_ratio(level, chosen) for chosen in drawn]
+        )
+        # A draw of documents that one codec stores without loss says nothing about equal divergence.
+        resampled = resampled[np.isfinite(resampled)]
+        interval = percentiles(float(np.exp(other - own)), np.exp(resampled))
         found.append(EqualQuality(codec, against, level, interval))
     return found
 
@@ -121,6 +123,8 @@ class _Curve:
 
     def log_ratio(self, level: float, chosen: NDArray[np.int64] | None) -> float:
         x, y = self.points(chosen)
+        if len(x) < 2:
+            return float("nan")
         right = int(np.clip(np.searchsorted(x, np.log(level)), 1, len(x) - 1))
         slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])
         return float(y[right - 1] + slope * (np.log(level) - x[right - 1]))

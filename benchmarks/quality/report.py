@@ -79,8 +79,9 @@ def write_results(
     *,
     environment: Mapping[str, Any],
     settings: Mapping[str, Any],
+    **more: Any,
 ) -> None:
-    """Write everything but the single scores as JSON.
+    """Write everything but the single scores as JSON, and what else there is under names of its own.
 
     Raises
     ------
@@ -94,6 +95,7 @@ def write_results(
         "bytes_at_equal_kl": {
             model: [asdict(one) for one in found] for model, found in equal_quality.items()
         },
+        **more,
     }
     try:
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -12,11 +12,12 @@ from benchmarks.quality.codecs import CODECS, CodecInputs, DocumentCodec
 from benchmarks.quality.measure import DocumentScore, measure_document
 from benchmarks.quality.models import model_spec
 from benchmarks.quality.settings import RunPlan
+from benchmarks.quality.tasks import Task
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.models import LoadedModel, load_model, resolve_model
 from dynamo_kvtc.errors import EvaluationError
 
-__all__ = ["RunRequest", "Step", "run_model"]
+__all__ = ["RunRequest", "Step", "measure_task", "run_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +120,27 @@ def _measure(
     request: RunRequest,
     on_step: Callable[[Step], None],
 ) -> Iterator[DocumentScore]:
-    label = _label(model)
     for task in request.plan.tasks_of(model, request.tasks):
-        documents = task.documents(loaded.tokenizer)
-        done, total = 0, len(documents) * len(codecs)
-        on_step(Step(f"{label}: {task.name}", done, total))
-        for number, document in enumerate(documents):
-            for score in measure_document(
-                loaded, document, codecs, model=label, task=task.name, number=number
-            ):
-                done += 1
-                on_step(Step(f"{label}: {task.name}", done, total))
-                yield score
+        yield from measure_task(loaded, model, task, codecs, on_step)
+
+
+def measure_task(
+    loaded: LoadedModel,
+    model: str,
+    task: Task,
+    codecs: Sequence[DocumentCodec],
+    on_step: Callable[[Step], None],
+) -> Iterator[DocumentScore]:
+    """Yield the scores of all documents of a task with all codecs."""
+    label = _label(model)
+    documents = task.documents(loaded.tokenizer)
+    done, total = 0, len(documents) * len(codecs)
+    on_step(Step(f"{label}: {task.name}", done, total))
+    for number, document in enumerate(documents):
+        for score in measure_document(loaded, document, codecs, model=label, task=task.name, number=number):
+            done += 1
+            on_step(Step(f"{label}: {task.name}", done, total))
+            yield score
 
 
 def _label(model: str) -> str:

@@ -19,6 +19,7 @@ from benchmarks.quality.codecs.streams import StreamCodec
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.model_cache import prefill
 from dynamo_kvtc.calibration.models import LoadedModel
+from dynamo_kvtc.codec.base import TierBlock
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.codec.raw import RawCodec
@@ -174,6 +175,19 @@ def test_streams_count_every_byte_and_decode_what_the_codec_decodes(
     assert raw.stored_bytes == exact.max_stream_bytes(64, 4) + exact.max_stream_bytes(36, 0)
     assert stored.stored_bytes < raw.stored_bytes / 3
     assert 0 < float((stored.keys - keys)[4:].square().mean()) < float(keys[4:].square().mean())
+
+
+def test_blocks_that_a_codec_refuses_are_stored_as_they_are(
+    byte_model: LoadedModel, byte_artifact: Artifact
+) -> None:
+    keys, values = (side.clone() for side in prefill(byte_model, list(range(100))))
+    keys[80] = 1e30  # beyond every scale of 16 bits
+    codec = KvtcCodec(byte_artifact.parameters, ratio=4.0)
+    stored = StreamCodec("kvtc", "4x", codec, 64).store(keys, values)
+    assert torch.equal(stored.keys[64:], keys[64:])
+    assert torch.equal(stored.values[64:], values[64:])
+    first = codec.encode([TierBlock(keys[:64], values[:64], 0, 4)])[0]
+    assert stored.stored_bytes == len(first) + 36 * byte_model.geometry.token_bytes_16bit
 
 
 def test_every_family_of_the_registry_builds_and_keeps_shapes(

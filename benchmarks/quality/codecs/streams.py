@@ -7,12 +7,15 @@ import torch
 from benchmarks.quality import SINK_TOKENS
 from benchmarks.quality.codecs.base import DocumentCodec, StoredKv
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
+from dynamo_kvtc.errors import EncodeRangeError
 
 __all__ = ["StreamCodec"]
 
 
 class StreamCodec(DocumentCodec):
-    """Any `KvCodec`; stored are whole streams with their headers.
+    """Any `KvCodec`; stored are whole streams with their headers, and blocks that it refuses as they are.
+
+    A codec refuses KV too unlike what it was calibrated for; such a block counts with its 16-bit bytes.
 
     Parameters
     ----------
@@ -44,10 +47,17 @@ class StreamCodec(DocumentCodec):
             )
             for first in range(0, keys.shape[0], step)
         ]
-        streams = self._codec.encode(blocks)
-        decoded = [self._codec.decode(stream) for stream in streams]
+        decoded, sizes = zip(*(self._store_block(block) for block in blocks), strict=True)
         return StoredKv(
             keys=torch.cat([block.keys for block in decoded]),
             values=torch.cat([block.values for block in decoded]),
-            stored_bytes=sum(len(stream) for stream in streams),
+            stored_bytes=sum(sizes),
         )
+
+    def _store_block(self, block: TierBlock) -> tuple[TierBlock, int]:
+        """Return what a block decodes to, and the bytes that it takes."""
+        try:
+            (stream,) = self._codec.encode([block])
+        except EncodeRangeError:
+            return block, block.num_tokens * self._codec.geometry.token_bytes_16bit
+        return self._codec.decode(stream), len(stream)
