@@ -8,6 +8,7 @@
 #   PYTEST_ARGS=…      arguments of pytest
 #   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
 #   FUZZ_ARGS=…        arguments of `python -m benchmarks.fuzz`
+#   SIMULATION_ARGS=…  arguments of `python -m benchmarks.simulation`
 
 VENV := .venv
 ENGINE := .venv-engine
@@ -75,6 +76,12 @@ quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's mode
 
 fuzz: $(VENV)/.test  ## Fuzz every reader with more than ten million cases: tens of minutes
 	$(VENV)/bin/python -m benchmarks.fuzz $(FUZZ_ARGS)
+
+# Dynamo
+.PHONY: simulation
+
+simulation: $(ENGINE)/.ready  ## What the tier does to a cluster: Dynamo with simulated workers, ten minutes
+	PYTHONPATH=. $(ENGINE)/bin/python -m benchmarks.simulation $(SIMULATION_ARGS)
 
 clean:  ## Remove the environment and everything that tools left behind
 	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output fuzz-output

@@ -6,6 +6,7 @@ Backends are always named: NIXL's own probing of GDS hangs where its driver is m
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import itertools
 import logging
 import os
@@ -86,6 +87,9 @@ def create_nixl_agent(name: str, *, io_uring: bool) -> tuple[NixlHandle, str]:
     TransferError
         If UCX or POSIX cannot be set up, or a small transfer through them fails.
     """
+    if io_uring and not _io_uring_survives_errors():
+        _log.info("NIXL before 1.5 cannot use io_uring again after a failed transfer, using AIO")
+        io_uring = False
     try:
         agent = _create(name, {"use_uring": "true"} if io_uring else {"use_aio": "true"})
         file_mode = "io_uring" if io_uring else "aio"
@@ -102,6 +106,15 @@ def create_nixl_agent(name: str, *, io_uring: bool) -> tuple[NixlHandle, str]:
             f"(UCX_TLS={os.environ.get('UCX_TLS', '')!r}), it must allow tcp or a fabric besides self and sm"
         ) from error
     return agent, file_mode
+
+
+def _io_uring_survives_errors() -> bool:
+    """Tell by the version: kvbm 1.6.1 brings NIXL 1.3.2, whose ring keeps a failed submission for ever."""
+    try:
+        version = importlib.metadata.version(load_nixl().__name__.replace("_", "-"))
+        return tuple(int(part) for part in version.split(".")[:2]) >= (1, 5)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return True  # a build of one's own: the trial at start decides
 
 
 def _create(name: str, posix_options: dict[str, str]) -> NixlHandle:

@@ -13,7 +13,9 @@ from typing import Any
 
 import requests
 from counters import Counters
-from processes import Managed, free_port
+
+from benchmarks.local_dynamo.frontend import SESSION, Frontend, loopback_environment
+from benchmarks.local_dynamo.processes import Managed, free_port
 
 ROOT = Path(__file__).parents[2]
 MODEL_NAME = "test-model"
@@ -22,38 +24,18 @@ MODEL_NAME = "test-model"
 START_TIMEOUT_S = float(os.environ.get("E2E_START_TIMEOUT", "420"))
 REQUEST_TIMEOUT_S = float(os.environ.get("E2E_REQUEST_TIMEOUT", "180"))
 
-_SESSION = requests.Session()
-_SESSION.trust_env = False  # a proxy has no business on the loopback
-
 KvTransferConfig = dict[str, Any]
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Return the environment that keeps discovery, requests and events on this machine."""
-    keep = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("DYN_", "VLLM_", "DYNAMO_KVTC__", "NIXL_", "UCX_"))
-    }
-    return keep | {
-        "DYN_DISCOVERY_BACKEND": "file",
-        "DYN_FILE_KV": str(folder / "discovery"),
-        "DYN_REQUEST_PLANE": "tcp",
-        "DYN_EVENT_PLANE": "zmq",
-        "DYN_TCP_RPC_HOST": "127.0.0.1",
-        "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-        "DYN_HTTP_HOST": "127.0.0.1",
-        "DYN_SYSTEM_HOST": "127.0.0.1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "PYTHONHASHSEED": "0",  # block hashes must agree between processes
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "UCX_TLS": "tcp,self",
-        "UCX_NET_DEVICES": "lo",
-        "PYTHONPATH": str(ROOT),
-    }
+#: On top of what keeps Dynamo on the loopback.
+_ENVIRONMENT = {
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "UCX_TLS": "tcp,self",
+    "UCX_NET_DEVICES": "lo",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 @dataclass
@@ -132,7 +114,7 @@ class Worker:
 
     def counters(self) -> Counters:
         """Read the worker's metrics."""
-        reply = _SESSION.get(f"http://127.0.0.1:{self.system_port}/metrics", timeout=30)
+        reply = SESSION.get(f"http://127.0.0.1:{self.system_port}/metrics", timeout=30)
         reply.raise_for_status()
         return Counters(reply.text)
 
@@ -144,7 +126,7 @@ class Worker:
 
     def _healthy(self) -> bool:
         try:
-            reply = _SESSION.get(f"http://127.0.0.1:{self.system_port}/health", timeout=10)
+            reply = SESSION.get(f"http://127.0.0.1:{self.system_port}/health", timeout=10)
         except requests.RequestException:
             return False
         return reply.status_code == 200
@@ -160,24 +142,24 @@ class Deployment:
         For logs and discovery; made anew.
     model : Path
         Hugging Face folder.
+    router : tuple of str
+        Arguments of the frontend.
     """
 
     folder: Path
     model: Path
+    router: tuple[str, ...] = ()
     _processes: list[Managed] = field(default_factory=list)
     _cores: int = 0
 
     def __post_init__(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.environment = _environment(self.folder)
-        self.http_port = free_port()
+        self.environment = loopback_environment(self.folder) | _ENVIRONMENT
 
     def __enter__(self) -> Deployment:
-        command = [sys.executable, "-m", "dynamo.frontend", "--http-port", str(self.http_port)]
-        command += ["--router-mode", "kv"]
-        self.frontend = Managed("frontend", command, self.environment, self.folder / "frontend.log")
-        self.own(self.frontend)
+        self.frontend = Frontend(self.folder, self.environment, *self.router)
+        self.own(self.frontend.process)
         return self
 
     def __exit__(
@@ -216,7 +198,7 @@ class Deployment:
     def wait_ready(self, *workers: Worker) -> None:
         for worker in workers:
             worker.wait_ready()
-        self.frontend.wait_for(self._serves, "the frontend lists the model", timeout_s=120)
+        self.frontend.wait_for_workers(timeout_s=120)
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int = 16, **options: Any) -> Answer:
         """Ask for a greedy completion over HTTP."""
@@ -228,7 +210,7 @@ class Deployment:
             "logprobs": True,
             **options,
         }
-        reply = _SESSION.post(self._url("/v1/chat/completions"), json=body, timeout=REQUEST_TIMEOUT_S)
+        reply = SESSION.post(self.frontend.url("/v1/chat/completions"), json=body, timeout=REQUEST_TIMEOUT_S)
         assert reply.status_code == 200, f"{reply.status_code}: {reply.text[:2000]}"
         answer = reply.json()
         choice, usage = answer["choices"][0], answer["usage"]
@@ -240,13 +222,3 @@ class Deployment:
             details.get("cached_tokens") or 0,
             [(token["token"], token["logprob"]) for token in logprobs],
         )
-
-    def _serves(self) -> bool:
-        try:
-            reply = _SESSION.get(self._url("/v1/models"), timeout=10)
-        except requests.RequestException:
-            return False
-        return reply.ok and any(model["id"] == MODEL_NAME for model in reply.json()["data"])
-
-    def _url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.http_port}{path}"

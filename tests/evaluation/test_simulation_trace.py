@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.simulation.measured import read_measured
+from benchmarks.simulation.trace import TraceSettings, make_trace
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_a_seed_fixes_the_trace() -> None:
+    assert make_trace(TraceSettings()) == make_trace(TraceSettings())
+    assert make_trace(TraceSettings()) != make_trace(TraceSettings(seed=2))
+
+
+def test_every_turn_goes_on_from_all_that_was_said() -> None:
+    settings = TraceSettings(conversations=4, requests=40, document=(50, 60), question=(5, 9), answer=(3, 4))
+    said: dict[int, list[int]] = {}
+    for turn in make_trace(settings):
+        before = said.get(turn.conversation)
+        if before is None:
+            assert turn.index == 0
+            assert 55 <= len(turn.prompt) <= 69
+        else:
+            assert turn.prompt[: len(before)] == before
+            assert 8 <= len(turn.prompt) - len(before) <= 13
+        said[turn.conversation] = turn.prompt
+    assert 1 < len(said) <= 4
+
+
+def test_the_tier_is_sized_and_timed_by_committed_measurements() -> None:
+    measured = read_measured(RESULTS)
+    assert measured.ratio == pytest.approx(2048 * 23_040 / 2_518_208)
+    assert measured.onboard_speed > 1
+    assert measured.encode_speed > 1
