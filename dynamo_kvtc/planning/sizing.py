@@ -189,6 +189,12 @@ def plan(request: PlanRequest) -> Plan:
     _check(request)
     geometry = request.model.geometry
     per_worker = request.gpus_per_worker or _gpus_per_worker(request)
+    if per_worker > 1 and request.connector == "kvtc":
+        raise ConfigError(
+            f"{request.model.name} would need {per_worker} GPUs of {format_size(request.gpu_memory)} a worker; "
+            "connector kvtc serves models that one GPU holds, for an artifact covers all KV heads. Plan with "
+            "larger GPUs (--gpu-memory)"
+        )
     workers = request.gpus // per_worker
     prefill, decode = _split_workers(request, workers)
     policy = _policy()
@@ -326,6 +332,10 @@ def _notes(
     if decode:
         notes.append(
             f"tiers sit on the {workers - decode} prefill workers; decode takes KV from them over NIXL"
+        )
+    if per_worker > 1:
+        notes.append(
+            f"a worker has {per_worker} GPUs: see docs/kubernetes.md for what the connector does with them"
         )
     if request.sequence_tokens < policy.minimum_tokens:
         notes.append(

@@ -144,6 +144,7 @@ def test_typos_in_values_are_refused(path: str, value: Any) -> None:
         ({"connector": "offloading"}, "is too small for offloading.poolGiB.*28Gi here"),
         ({"connector": "kvbm", "kvbm": {"cpuCacheGB": 64}}, "does not hold"),
         ({"mode": "disaggregated", "prefill": {"memory": "64Gi"}}, "prefill.memory"),
+        ({"worker": {"gpus": 2}}, "connector kvtc serves models that one GPU holds"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], said: str) -> None:
@@ -192,7 +193,13 @@ def test_every_value_has_a_default() -> None:
 @pytest.mark.parametrize("model", sorted(KNOWN_MODELS))
 def test_what_plan_prints_renders(model: str, mode: Any, connector: Any, tmp_path: Path) -> None:
     request = PlanRequest(
-        read_model(model), gpus=8, ratio=12.5, mode=mode, connector=connector, memory=192 * GIB
+        read_model(model),
+        gpus=8,
+        gpu_memory=288 * GIB if connector == "kvtc" else 80 * GIB,
+        ratio=12.5,
+        mode=mode,
+        connector=connector,
+        memory=192 * GIB,
     )
     values = chart_values(plan(request))
     config, problems = check_config(config_file(values, tmp_path), {})
@@ -233,3 +240,32 @@ def test_workers_start_anew_when_artifact_or_configuration_changes() -> None:
     ):
         assert template(values) != base
     assert template({"calibration": {"cpu": "4"}}) == base
+
+
+def test_our_own_endpoint_is_opened_and_scraped(tmp_path: Path) -> None:
+    values = {"monitoring": {"endpoint": "own", "port": 9999, "podMonitor": {"enabled": True}}}
+    config, _ = check_config(config_file(values, tmp_path), {})
+    assert config is not None
+    assert (config.observability.metrics_port, config.observability.metrics_address) == (9999, "0.0.0.0")
+    container = only("DynamoGraphDeployment", values)["spec"]["components"][1]["podTemplate"]["spec"][
+        "containers"
+    ][0]
+    assert container["ports"] == [{"name": "kvtc", "containerPort": 9999}]
+    assert only("PodMonitor", values)["spec"]["podMetricsEndpoints"][0]["port"] == "kvtc"
+    policies = [entry for entry in resources(values) if entry["kind"] == "NetworkPolicy"]
+    assert {"port": 9999, "protocol": "TCP"} in policies[0]["spec"]["ingress"][1]["ports"]
+    other = only("PodMonitor", {"monitoring": {"podMonitor": {"enabled": True}}})
+    assert other["spec"]["podMetricsEndpoints"][0]["port"] == "system"
+
+
+def test_every_dashboard_gets_a_config_map_as_it_is() -> None:
+    made = {
+        name: text
+        for resource in resources({"monitoring": {"dashboards": {"enabled": True}}})
+        if resource["metadata"]["labels"].get("grafana_dashboard") == "1"
+        for name, text in resource["data"].items()
+    }
+    dashboards = {path.name: path.read_text() for path in (render.CHART / "dashboards").glob("*.json")}
+    assert {name: json.loads(text) for name, text in made.items()} == {
+        name: json.loads(text) for name, text in dashboards.items()
+    }

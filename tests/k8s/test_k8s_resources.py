@@ -170,10 +170,11 @@ def test_transfer_configurations_are_what_dynamo_takes(name: str) -> None:
     for kind in kinds:
         config = json.loads(argument(name, kind, "--kv-transfer-config"))
         assert config["kv_role"] == "kv_both"
+        assert config["kv_load_failure_policy"] == "recompute"
         children = config.get("kv_connector_extra_config", {}).get("connectors", [])
         connectors = [child["kv_connector"] for child in children]
         if kind == "decode":
-            assert config == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+            assert config["kv_connector"] == "NixlConnector" and not children
         elif kind == "prefill":
             # Dynamo's prefill workers take a wrapper around exactly one connector that knows their protocol.
             assert config["kv_connector"] in ("MultiConnector", "PdConnector")
@@ -183,7 +184,9 @@ def test_transfer_configurations_are_what_dynamo_takes(name: str) -> None:
         else:
             assert not children
         own = [child for child in (children or [config]) if child["kv_connector"] != "NixlConnector"]
+        assert len(own) == (kind != "decode")
         for child in own:
+            assert child["kv_load_failure_policy"] == "recompute"
             extra = child["kv_connector_extra_config"]
             (ours,) = extra.get("secondary_tiers", [extra])
             assert ours["config"] == "/etc/dynamo-kvtc/kvtc.yaml"

@@ -17,6 +17,9 @@
 {{- if include "kvtc.needsArtifact" . -}}
 {{- $_ := set $config "artifact" "/run/dynamo-kvtc/artifact" -}}
 {{- end -}}
+{{- if eq .Values.monitoring.endpoint "own" -}}
+{{- $_ := set $config "observability" (dict "metrics_port" (int64 .Values.monitoring.port) "metrics_address" "0.0.0.0") -}}
+{{- end -}}
 {{- $_ := mergeOverwrite $config (deepCopy .Values.config) -}}
 {{- toYaml $config -}}
 {{- end -}}
@@ -26,12 +29,14 @@
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
 {{- $file := dict "config" "/etc/dynamo-kvtc/kvtc.yaml" -}}
-{{- $nixl := dict "kv_connector" "NixlConnector" "kv_role" "kv_both" -}}
+{{- /* A block that a tier lost is recomputed; vLLM's default would fail the request. */ -}}
+{{- $base := dict "kv_role" "kv_both" "kv_load_failure_policy" "recompute" -}}
+{{- $nixl := merge (dict "kv_connector" "NixlConnector") $base -}}
 {{- if eq $role "decode" -}}
 {{- toJson $nixl -}}
 {{- else -}}
-{{- $own := dict "kv_role" "kv_both" -}}
-{{- $wrapper := dict "kv_connector" "MultiConnector" "kv_role" "kv_both" -}}
+{{- $own := deepCopy $base -}}
+{{- $wrapper := merge (dict "kv_connector" "MultiConnector") $base -}}
 {{- $order := "nixl first" -}}
 {{- if eq $root.Values.connector "kvtc" -}}
 {{- $_ := set $own "kv_connector" "KvtcConnector" -}}

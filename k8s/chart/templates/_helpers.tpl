@@ -110,6 +110,9 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end -}}
 {{- $role := ternary "prefill" "worker" (eq $values.mode "disaggregated") -}}
 {{- $tiered := index $values $role -}}
+{{- if and (eq $values.connector "kvtc") (gt (int64 $tiered.gpus) 1) -}}
+{{- fail (printf "%s.gpus is %d: connector kvtc serves models that one GPU holds, for an artifact covers all KV heads; set it to 1" $role (int64 $tiered.gpus)) -}}
+{{- end -}}
 {{- $shared := include "kvtc.gib" $tiered.sharedMemorySize | int64 -}}
 {{- $memory := include "kvtc.gib" $tiered.memory | int64 -}}
 {{- $used := $shared -}}

@@ -255,10 +255,17 @@ podTemplate:
       {{- with include "kvtc.envFrom" $root }}
       {{- . | nindent 6 }}
       {{- end }}
-      {{- if and $tiered (eq $values.connector "kvbm") }}
+      {{- $own := eq $values.monitoring.endpoint "own" }}
+      {{- if and $tiered (or $own (eq $values.connector "kvbm")) }}
       ports:
+      {{- if $own }}
+      - name: kvtc
+        containerPort: {{ $values.monitoring.port }}
+      {{- end }}
+      {{- if eq $values.connector "kvbm" }}
       - name: kvbm
         containerPort: 6880
+      {{- end }}
       {{- end }}
       securityContext:
         capabilities:
