@@ -39,6 +39,7 @@ __all__ = [
     "TierClosedError",
     "TierError",
     "TierFullError",
+    "TierInUseError",
     "TransferError",
     "TransferTimeoutError",
     "TruncatedStreamError",
@@ -174,6 +175,10 @@ class TierError(KvtcError):
 
 class TierClosedError(TierError):
     """The tier was closed before or during the call."""
+
+
+class TierInUseError(TierError):
+    """Another process or tier holds the lock of the folder."""
 
 
 class TierFullError(TierError):

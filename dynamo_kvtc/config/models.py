@@ -145,7 +145,7 @@ class HostTierConfig(_Section):
 
 
 class DiskTierConfig(_Section):
-    """A folder on a local disk (G3), written by one process at a time; survives restarts."""
+    """A folder on a local disk (G3); survives restarts."""
 
     kind: Literal["disk"]
     """Chooses this kind of tier."""
@@ -158,6 +158,11 @@ class DiskTierConfig(_Section):
 
     segment_size: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
     """Bytes of one segment file; larger ones are used where the capacity would need more than 256."""
+
+    shared: bool = False
+    """Whether several workers of one machine use the folder, each reading what all of them wrote. Capacity is
+    then that of each worker's own objects. All of them must say so; a second process is refused without
+    it."""
 
     durability: Literal["none", "fsync"] = "none"
     """none: objects survive the process; after a power cut recent ones may be missing, or damaged and

@@ -25,6 +25,7 @@ from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.host import HostTier
+from dynamo_kvtc.tiers.shared import SharedDiskTier
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.settings import AgentSettings
@@ -158,4 +159,5 @@ async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:
     if isinstance(config, HostTierConfig):
         return await HostTier.open(agent, config.capacity, name=name)
     settings = DiskSettings(segment_bytes=config.segment_size, durability=config.durability)
-    return await DiskTier.open(agent, config.path, config.capacity, settings=settings, name=name)
+    kind = SharedDiskTier if config.shared else DiskTier
+    return await kind.open(agent, config.path, config.capacity, settings=settings, name=name)

@@ -7,6 +7,7 @@ tiers. Speaks bytes and keys. Does not own: what is inside an object, transfers 
 from dynamo_kvtc.tiers.base import Namespace, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.host import HostTier
+from dynamo_kvtc.tiers.shared import SharedDiskTier
 from dynamo_kvtc.tiers.stack import TierStack
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HostTier",
     "Namespace",
     "ReadRequest",
+    "SharedDiskTier",
     "Tier",
     "TierKey",
     "TierStack",

@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dynamo_kvtc.errors import TierError
+from dynamo_kvtc.errors import TierError, TierInUseError
 from dynamo_kvtc.tiers.disk_format import BLOCK_BYTES
 
 __all__ = ["LOCK_NAME", "allocate_range", "lock_folder", "punch_hole"]
@@ -68,8 +68,10 @@ def lock_folder(folder: Path) -> int:
 
     Raises
     ------
+    TierInUseError
+        If another tier holds it.
     TierError
-        If the folder cannot be made or written, is in use, or lies on a file system without holes.
+        If the folder cannot be made or written, or lies on a file system without holes.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,8 +85,9 @@ def lock_folder(folder: Path) -> int:
         _try_holes(folder)
     except BlockingIOError as error:
         os.close(fd)
-        raise TierError(
-            f"{folder} is in use by another disk tier; give each one a folder of its own"
+        raise TierInUseError(
+            f"{folder} is in use by another disk tier; give each one a folder of its own, or share it with "
+            f"`shared: true` in the configuration of all of them"
         ) from error
     except OSError as error:
         os.close(fd)

@@ -33,6 +33,7 @@ from dynamo_kvtc.tiers.base import KEY_BYTES, TierKey
 __all__ = [
     "BLOCK_BYTES",
     "RECORD_HEADER_BYTES",
+    "WRITER_PREFIX",
     "Record",
     "SegmentHeader",
     "SegmentScan",
@@ -40,6 +41,7 @@ __all__ = [
     "object_intact",
     "record_bytes",
     "record_header",
+    "record_in_place",
     "scan_segment",
     "segment_files",
     "segment_header",
@@ -52,6 +54,9 @@ BLOCK_BYTES = 4096
 
 #: Bytes of a record before the object's own.
 RECORD_HEADER_BYTES = 128
+
+#: How the folder of each worker begins in a folder that several share (`dynamo_kvtc.tiers.shared`).
+WRITER_PREFIX = "writer-"
 
 _VERSION = 1
 _SEGMENT = struct.Struct("<8sII16sQ")
@@ -132,6 +137,12 @@ def record_header(header: SegmentHeader, key: TierKey, nbytes: int, checksum: in
     packed = _RECORD.pack(_RECORD_MAGIC, _VERSION, 0, key, nbytes, checksum)
     digest = xxhash.xxh3_64_intdigest(packed, seed=header.seed)
     return (packed + _CHECKSUM.pack(digest)).ljust(RECORD_HEADER_BYTES, b"\0")
+
+
+def record_in_place(fd: int, key: TierKey, offset: int, nbytes: int, checksum: int) -> bool:
+    """Return whether the header of a record is where it should be; it is compared, not verified. Blocking."""
+    raw = os.pread(fd, _RECORD.size, offset - RECORD_HEADER_BYTES)
+    return raw == _RECORD.pack(_RECORD_MAGIC, _VERSION, 0, key, nbytes, checksum)
 
 
 def scan_segment(fd: int) -> SegmentScan | None:
@@ -241,12 +252,15 @@ def object_intact(fd: int, record: Record) -> bool:
 def stored_objects(folder: Path) -> Iterator[StoredObject | Path]:
     """Iterate over a tier folder's objects with every checksum verified; changes nothing. Blocking.
 
+    Of a shared folder, over those of every worker.
+
     Yields
     ------
     StoredObject or Path
         The path of a segment instead, once for its broken header or for each damaged record header.
     """
-    for _, path in segment_files(folder):
+    folders = [folder, *sorted(folder.glob(f"{WRITER_PREFIX}*"))]
+    for path in [path for part in folders for _, path in segment_files(part)]:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             scan = scan_segment(fd)

@@ -102,6 +102,8 @@ class SegmentLog:
         self._next_serial = 0
         self._closing_files: set[asyncio.Task[None]] = set()
         self.allocated_bytes = 0
+        #: Called in the log's thread before room is given back, for whoever must be told first.
+        self.before_giving_back: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._segments)
@@ -250,7 +252,7 @@ class SegmentLog:
         except BaseException:
             os.close(nixl_fd)
             os.close(fd)
-            self._in_background(path.unlink)
+            self.in_background(path.unlink)
             raise
         if self._closing:
             os.close(fd)
@@ -276,7 +278,7 @@ class SegmentLog:
             if not self._delete_if_empty(segment):
                 segment.holes.append((start, start + size))
                 if len(segment.holes) == 1:
-                    self._in_background(lambda: _punch(segment))
+                    self.in_background(lambda: self._punch(segment))
 
         self._agent.on_drained(segment.span(start, size), give_back)
 
@@ -286,13 +288,14 @@ class SegmentLog:
         del self._segments[segment.header.serial]
         self.allocated_bytes -= BLOCK_BYTES
         segment.holes.clear()
-        self._in_background(lambda: _remove(segment.path, segment.fd))
+        self.in_background(lambda: self._remove(segment))
         task = asyncio.get_running_loop().create_task(self._agent.close_file(segment.file))
         self._closing_files.add(task)
         task.add_done_callback(self._closing_files.discard)
         return True
 
-    def _in_background(self, function: Callable[[], None]) -> None:
+    def in_background(self, function: Callable[[], None]) -> None:
+        """Run a blocking call in the log's thread, after all earlier ones; its failure is logged only."""
         if self._closing:
             return
 
@@ -304,6 +307,28 @@ class SegmentLog:
                 _log.warning("could not give disk space back below %s: %s", self._folder, error)
 
         self._thread.submit(guarded)
+
+    def _punch(self, segment: Segment) -> None:
+        """Punch out a segment's holes, neighbouring ones together. Blocking."""
+        holes = []
+        with contextlib.suppress(IndexError):
+            while True:
+                holes.append(segment.holes.popleft())
+        self.before_giving_back()
+        merged: list[list[int]] = []
+        for start, stop in sorted(holes):
+            if merged and merged[-1][1] == start:
+                merged[-1][1] = stop
+            else:
+                merged.append([start, stop])
+        for start, stop in merged:
+            punch_hole(segment.fd, start, stop - start)
+
+    def _remove(self, segment: Segment) -> None:
+        """Delete a segment's file. Blocking."""
+        self.before_giving_back()
+        os.close(segment.fd)
+        segment.path.unlink(missing_ok=True)
 
     def sparsest_sealed(self) -> Segment | None:
         """Return the sealed segment with the fewest live bytes, or None."""
@@ -365,28 +390,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _punch(segment: Segment) -> None:
-    """Punch out a segment's holes, neighbouring ones together. Blocking."""
-    holes = []
-    with contextlib.suppress(IndexError):
-        while True:
-            holes.append(segment.holes.popleft())
-    merged: list[list[int]] = []
-    for start, stop in sorted(holes):
-        if merged and merged[-1][1] == start:
-            merged[-1][1] = stop
-        else:
-            merged.append([start, stop])
-    for start, stop in merged:
-        punch_hole(segment.fd, start, stop - start)
-
-
-def _remove(path: Path, fd: int) -> None:
-    """Delete a segment's file. Blocking."""
-    os.close(fd)
-    path.unlink(missing_ok=True)
 
 
 def _retrieve(future: asyncio.Future[T]) -> None:

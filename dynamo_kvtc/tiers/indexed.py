@@ -71,13 +71,14 @@ class IndexedTier(Tier):
     def _evict_one(self) -> bool:
         """Evict the least recently used object that may go; returns whether there was one."""
         for key in self._index.oldest_first():
-            if not self._is_protected(key):
+            if self._may_evict(key):
                 self._evict(key)
                 return True
         return False
 
-    def _is_protected(self, key: TierKey) -> bool:
-        return key in self._pins or key in self._readers
+    def _may_evict(self, key: TierKey) -> bool:
+        """Return whether nobody uses a stored object; whoever asks evicts it then, without waiting."""
+        return key not in self._pins and key not in self._readers
 
     def _evict(self, key: TierKey) -> None:
         self._reclaim(self._index.remove(key))
@@ -210,7 +211,7 @@ class IndexedTier(Tier):
     async def evict(self, keys: Iterable[TierKey]) -> int:
         """Drop objects; pinned ones and those being read stay."""
         self._check_usable()
-        gone = [key for key in dict.fromkeys(keys) if key in self._index and not self._is_protected(key)]
+        gone = [key for key in dict.fromkeys(keys) if key in self._index and self._may_evict(key)]
         for key in gone:
             self._evict(key)
         return len(gone)

@@ -1,0 +1,56 @@
+"""``python -m benchmarks.crash``: exit code 1 if anything was lost or wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.crash.run import kill_often
+from dynamo_kvtc.evaluation.environment import describe_environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--folder", type=Path, help="on the file system to test; a temporary folder by default"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        start = time.perf_counter()
+        tallies = {
+            name: asyncio.run(
+                kill_often(arguments.kills, Path(folder) / "tier", seed=arguments.seed, workers=workers)
+            )
+            for name, workers in (("one worker", 1), ("two workers in one folder", 2))
+        }
+        result = {
+            "benchmark": "Processes killed while they write",
+            "seed": arguments.seed,
+            "seconds": round(time.perf_counter() - start, 1),
+            "file_system": _file_system(Path(folder)),
+            **{name: tally.as_dict() for name, tally in tallies.items()},
+            "environment": describe_environment(),
+        }
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    sys.exit(any(tally.lost or tally.wrong or tally.damaged for tally in tallies.values()))
+
+
+def _file_system(folder: Path) -> str:
+    """Return the type of the file system that a folder lies on."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    holding = [(place, kind) for place, kind in mounts if folder.is_relative_to(place)]
+    return max(holding, key=lambda mount: len(mount[0]))[1]
+
+
+if __name__ == "__main__":
+    main()
