@@ -1,5 +1,6 @@
 """From a configuration file to a running adapter, with a real artifact folder."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from random_rd import write_random_rd_artifact
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.config import Config, load_config
-from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, ConfigError
+from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, ConfigError, TierInUseError
 from dynamo_kvtc.pipeline.assemble import open_adapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.paged import PagedKvCache
@@ -58,6 +59,29 @@ async def test_ten_lines_of_yaml_serve_an_engine(tmp_path: Path) -> None:
         assert await adapter.lookup(blocks.hashes) == 128
         await adapter.onboard(blocks, cache).wait()
     assert all(layer.equal(before) for layer, before in zip(layers, expected, strict=True))
+
+
+async def test_two_workers_share_a_folder_if_both_say_so(tmp_path: Path) -> None:
+    alone = load_config(write(tmp_path, RAW.replace("tier\n", "alone\n", 1)))
+    shared = load_config(write(tmp_path, RAW.replace("capacity: 4MiB", "capacity: 4MiB\n    shared: true")))
+    layers = [torch.randn(2, 8, 16, 2, 8) for _ in range(3)]
+    cache = PagedKvCache.from_layers(layers, "2BNHD")
+    expected = [layer.clone() for layer in layers]
+    blocks = SequenceBlocks([bytes([i]) for i in range(8)], list(range(8)))
+    async with (
+        await open_adapter(shared, GEOMETRY, 16) as one,
+        await open_adapter(shared, GEOMETRY, 16) as two,
+    ):
+        assert (await one.offload(blocks, cache).wait()).stored == 4
+        for layer in layers:
+            layer.zero_()
+        await asyncio.sleep(0.1)  # a lookup may be told what was there a twentieth of a second ago
+        assert await two.lookup(blocks.hashes) == 128
+        await two.onboard(blocks, cache).wait()
+    assert all(layer.equal(before) for layer, before in zip(layers, expected, strict=True))
+    async with await open_adapter(alone, GEOMETRY, 16):
+        with pytest.raises(TierInUseError):
+            await open_adapter(alone, GEOMETRY, 16)
 
 
 async def test_configured_salts_separate_workers(tmp_path: Path) -> None:
