@@ -191,9 +191,9 @@ def plan(request: PlanRequest) -> Plan:
     per_worker = request.gpus_per_worker or _gpus_per_worker(request)
     if per_worker > 1 and request.connector == "kvtc":
         raise ConfigError(
-            f"{request.model.name} would need {per_worker} GPUs of {format_size(request.gpu_memory)} a worker; "
-            "connector kvtc serves models that one GPU holds, for an artifact covers all KV heads. Plan with "
-            "larger GPUs (--gpu-memory)"
+            f"{request.model.name} would need {per_worker} GPUs of {format_size(request.gpu_memory)} a "
+            "worker; connector kvtc serves models that one GPU holds, for an artifact covers all KV "
+            "heads. Plan with larger GPUs (--gpu-memory)"
         )
     workers = request.gpus // per_worker
     prefill, decode = _split_workers(request, workers)
