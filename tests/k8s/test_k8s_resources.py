@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib
 import json
@@ -316,3 +317,45 @@ def test_the_dockerfiles_base_is_the_runtime_of_the_chart() -> None:
     values = yaml.safe_load((render.CHART / "values.yaml").read_text())["runtime"]
     lines = (render.K8S / "Dockerfile").read_text().splitlines()
     assert f"FROM {values['repository']}:{values['tag']}" in lines
+
+
+def our_classes() -> list[tuple[str, str]]:
+    """Module and class of ours that some set of values names to vLLM."""
+    found = set()
+    for name in SETS:
+        for entry in graph(name)["spec"]["components"]:
+            if entry["type"] == "frontend":
+                continue
+            pending = [json.loads(argument(name, entry["type"], "--kv-transfer-config"))]
+            while pending:
+                config = pending.pop()
+                module = config.get("kv_connector_module_path") or config.get("module_path") or ""
+                if module.startswith("dynamo_kvtc"):
+                    found.add((module, config.get("kv_connector") or config["type"]))
+                extra = config.get("kv_connector_extra_config", {})
+                pending += extra.get("connectors", []) + extra.get("secondary_tiers", [])
+    return sorted(found)
+
+
+def test_each_connector_names_a_class_of_ours() -> None:
+    assert len(our_classes()) == 3
+
+
+@pytest.mark.parametrize(("module", "name"), our_classes())
+def test_classes_that_vllm_is_told_exist(module: str, name: str) -> None:
+    place = render.K8S.parent.joinpath(*module.split("."))
+    source = next(
+        (path for path in (place / "__init__.py", place.with_suffix(".py")) if path.is_file()), None
+    )
+    if source is None:
+        pytest.skip(f"{module} is not in the package yet")
+    # Not imported: that needs vLLM.
+    tree = ast.parse(source.read_text())
+    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert name in defined | imported
