@@ -140,6 +140,7 @@ def test_typos_in_values_are_refused(path: str, value: Any) -> None:
         ({"codec": {"ratio": None, "max_kl": 0.01}}, "not among calibration.maxKl"),
         ({"tiers": {"disk": {"capacity": "600GiB"}}}, "is smaller than tiers.disk.capacity"),
         ({"tiers": {"disk": {"volume": {"type": "hostPath"}}}}, "needs tiers.disk.volume.hostPath"),
+        ({"tiers": {"disk": {"shared": True}}}, "only a folder of the node can be shared"),
         ({"tiers": {"host": {"capacity": "120GiB"}}}, "worker.memory .128Gi. does not hold"),
         ({"connector": "offloading"}, "is too small for offloading.poolGiB.*28Gi here"),
         ({"connector": "kvbm", "kvbm": {"cpuCacheGB": 64}}, "does not hold"),
@@ -240,6 +241,16 @@ def test_workers_start_anew_when_artifact_or_configuration_changes() -> None:
     ):
         assert template(values) != base
     assert template({"calibration": {"cpu": "4"}}) == base
+
+
+def test_workers_of_a_node_may_share_its_folder(tmp_path: Path) -> None:
+    volume = {"type": "hostPath", "hostPath": "/mnt/nvme"}
+    values = {"tiers": {"disk": {"shared": True, "volume": volume}}}
+    config, problems = check_config(config_file(values, tmp_path), {})
+    assert config is not None, problems
+    assert config.tiers[1].shared is True
+    worker = only("DynamoGraphDeployment", values)["spec"]["components"][1]
+    assert "affinity" not in worker["podTemplate"]["spec"]
 
 
 def test_our_own_endpoint_is_opened_and_scraped(tmp_path: Path) -> None:

@@ -5,7 +5,11 @@
 {{- $tiers = append $tiers (dict "kind" "host" "capacity" .Values.tiers.host.capacity) -}}
 {{- end -}}
 {{- if .Values.tiers.disk.enabled -}}
-{{- $tiers = append $tiers (dict "kind" "disk" "path" .Values.tiers.disk.path "capacity" .Values.tiers.disk.capacity) -}}
+{{- $disk := dict "kind" "disk" "path" .Values.tiers.disk.path "capacity" .Values.tiers.disk.capacity -}}
+{{- if .Values.tiers.disk.shared -}}
+{{- $_ := set $disk "shared" true -}}
+{{- end -}}
+{{- $tiers = append $tiers $disk -}}
 {{- end -}}
 {{- $codec := dict -}}
 {{- range $key, $value := .Values.codec -}}

@@ -107,6 +107,9 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- if and (eq $disk.volume.type "hostPath") (not $disk.volume.hostPath) -}}
 {{- fail "tiers.disk.volume.type hostPath needs tiers.disk.volume.hostPath" -}}
 {{- end -}}
+{{- if and $disk.shared (ne $disk.volume.type "hostPath") -}}
+{{- fail "tiers.disk.shared: only a folder of the node can be shared; set tiers.disk.volume.type to hostPath" -}}
+{{- end -}}
 {{- end -}}
 {{- $role := ternary "prefill" "worker" (eq $values.mode "disaggregated") -}}
 {{- $tiered := index $values $role -}}

@@ -138,7 +138,7 @@ podTemplate:
     tolerations:
       {{- toYaml . | nindent 6 }}
     {{- end }}
-    {{- if and $disk (eq $values.tiers.disk.volume.type "hostPath") }}
+    {{- if and $disk (eq $values.tiers.disk.volume.type "hostPath") (not $values.tiers.disk.shared) }}
     affinity:
       podAntiAffinity:
         requiredDuringSchedulingIgnoredDuringExecution:
