@@ -19,6 +19,7 @@ from dynamo_kvtc.errors import OnboardError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.host import HostTier
+from dynamo_kvtc.tiers.shared import SharedDiskTier
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.staging import StagingPool
@@ -29,14 +30,18 @@ DISK = 4 << 20
 
 
 @asynccontextmanager
-async def worker(folder: Path, parameters: KvtcParameters | None, *, disk: int = DISK) -> AsyncIterator[Rig]:
+async def worker(
+    folder: Path, parameters: KvtcParameters | None, *, disk: int = DISK, shared: bool = False
+) -> AsyncIterator[Rig]:
     """One release: a process with its artifact, over the folder that the one before left. None is raw."""
     codec = KvtcCodec(parameters, ratio=4.0, threads=1) if parameters else RawCodec(GEOMETRY)
     async with AsyncExitStack() as opened:
         agent = await opened.enter_async_context(await TransferAgent.create())
         staging = await StagingPool.create(agent, 4 << 20)
         host = await HostTier.open(agent, 1 << 20)
-        tier = await DiskTier.open(agent, folder, disk, settings=DiskSettings(segment_bytes=1 << 20))
+        tier = await (SharedDiskTier if shared else DiskTier).open(
+            agent, folder, disk, settings=DiskSettings(segment_bytes=1 << 20)
+        )
         adapter = await opened.enter_async_context(
             TierAdapter(
                 codec,
@@ -88,6 +93,23 @@ async def test_raw_and_compressed_workers_never_share(tmp_path: Path) -> None:
     async with worker(tmp_path, None) as raw:
         await raw.adapter.onboard(blocks, raw.destination).wait()
         raw.assert_in_place(blocks)
+
+
+async def test_old_and_new_workers_share_a_folder_while_a_rollout_lasts(tmp_path: Path) -> None:
+    async with worker(tmp_path, OLD, shared=True) as old, worker(tmp_path, NEW, shared=True) as new:
+        blocks = old.sequence(128)
+        await old.store(blocks)
+        assert await new.adapter.lookup(blocks.hashes) == 0
+        await new.store(blocks)
+        for rig, artifact in ((old, OLD), (new, NEW)):
+            await rig.adapter.onboard(blocks, rig.destination).wait()
+            rig.assert_in_place(blocks)
+            headers = await rig.adapter.headers(blocks.hashes)
+            assert {header.artifact_id for header in headers} == {artifact.artifact_id}
+    # A pod of the new release that comes up later finds what its own kind wrote.
+    async with worker(tmp_path, NEW, shared=True) as later:
+        await later.adapter.onboard(blocks, later.destination).wait()
+        later.assert_in_place(blocks)
 
 
 async def test_old_objects_age_out_within_the_capacity(tmp_path: Path) -> None:
