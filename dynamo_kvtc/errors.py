@@ -26,6 +26,7 @@ __all__ = [
     "HeaderChecksumError",
     "KvtcError",
     "LayoutError",
+    "LookupServiceError",
     "MissingDependencyError",
     "ObjectCorruptError",
     "ObjectMissingError",
@@ -194,6 +195,10 @@ class ObjectCorruptError(TierError):
 
 
 # --- pipeline ------------------------------------------------------------------------------------
+
+
+class LookupServiceError(KvtcError):
+    """The process that owns the tiers could not be asked, or did not answer in time or in form."""
 
 
 class OnboardCancelledError(KvtcError):

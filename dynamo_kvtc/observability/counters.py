@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 #: Why a tier block was not offloaded.
-DropReason = Literal["queue_full", "unencodable", "tier_full", "transfer", "timeout", "closed", "error"]
+DropReason = Literal[
+    "queue_full", "unencodable", "tier_full", "transfer", "timeout", "cancelled", "closed", "error"
+]
 
 #: Why a tier block that a tier promised could not be onboarded.
 MissReason = Literal["missing", "damaged", "mismatch", "transfer", "timeout", "cancelled", "closed", "error"]

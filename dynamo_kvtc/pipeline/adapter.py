@@ -176,11 +176,13 @@ class TierAdapter:
         """
         self._check_source(source)
         source.check_blocks(blocks.block_ids)
-        tokens = len(blocks.hashes) * self.block_size if num_tokens is None else num_tokens
+        known = (blocks.first_block + len(blocks.hashes)) * self.block_size
         refs = split_tier_blocks(
             blocks, self.namespace(blocks.salt), self.block_size, self.policy.tier_block_tokens
         )
-        return self._offloader.submit(refs[: self.policy.tier_blocks_to_offload(tokens)], source)
+        stop = self.policy.tier_blocks_to_offload(known if num_tokens is None else num_tokens)
+        stop *= self.policy.tier_block_tokens
+        return self._offloader.submit([ref for ref in refs if ref.first_position < stop], source)
 
     def onboard(self, blocks: SequenceBlocks, destination: PagedKvCache) -> OnboardHandle:
         """Begin to put the KV of whole tier blocks into the engine's blocks and return at once.
@@ -188,8 +190,8 @@ class TierAdapter:
         Parameters
         ----------
         blocks : SequenceBlocks
-            As many leading blocks as `lookup` found; a rest that fills no tier block is left out.
-            Blocks with id -1 are decoded but not written.
+            Whole tier blocks among those that `lookup` found, from any one on; a rest that fills no tier
+            block is left out. Blocks with id -1 are decoded but not written.
         """
         self._check_source(destination)
         destination.check_blocks(blocks.block_ids)
@@ -222,8 +224,17 @@ class TierAdapter:
         return headers
 
     async def reset(self) -> None:
-        """Forget every stored object that is not in use."""
+        """Forget every stored object, and everything that was on its way in or out.
+
+        Raises
+        ------
+        TransferTimeoutError
+            If an offload in work does not end in time; nothing has been forgotten then.
+        """
         self._check_open()
+        await asyncio.gather(*(handle.cancel() for handle in list(self._onboards)))
+        await self._offloader.drop(2 * self._store_timeout_s)
+        await self.tiers.settle()
         await self.tiers.clear()
 
     def status(self) -> AdapterStatus:

@@ -31,7 +31,7 @@ from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.staging import StagingPool
 
-__all__ = ["open_adapter"]
+__all__ = ["offload_policy", "open_adapter"]
 
 
 #: More threads than this are not taken by themselves: the engine needs cores too.
@@ -69,7 +69,7 @@ async def open_adapter(
     """
     configure_logging(config.observability.log_level, replace=False)
     cores = len(os.sched_getaffinity(0))
-    policy = _policy(config)
+    policy = offload_policy(config)
     policy.check_block_size(block_size)
     codec, artifact_id = await asyncio.to_thread(_codec, config, geometry, rope)
     async with AsyncExitStack() as opened:
@@ -121,7 +121,8 @@ def _encoder(config: Config) -> dict[str, Any]:
     return {"profile": wanted.profile, "plan": plan}
 
 
-def _policy(config: Config) -> OffloadPolicy:
+def offload_policy(config: Config) -> OffloadPolicy:
+    """Return the policy that a configuration asks for."""
     return OffloadPolicy(
         tier_block_tokens=config.policy.tier_block_tokens,
         sink_tokens=config.policy.sink_tokens,

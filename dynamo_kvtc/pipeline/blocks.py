@@ -18,21 +18,26 @@ class SequenceBlocks:
     Attributes
     ----------
     hashes : Sequence[bytes]
-        Sequence hash of each block of the sequence, from its very first block on.
+        Sequence hash of each block of the run.
     block_ids : Sequence[int]
         Where each of these blocks lies in the paged cache; same length as `hashes`. For onboarding, -1
         leaves a block out (the engine has it already).
     salt : bytes
         Tenant or request salt; sequences with different salts never share a tier block.
+    first_block : int
+        Index in the sequence of the run's first block, where a tier block begins.
     """
 
     hashes: Sequence[bytes]
     block_ids: Sequence[int]
     salt: bytes = b""
+    first_block: int = 0
 
     def __post_init__(self) -> None:
         if len(self.hashes) != len(self.block_ids):
             raise LayoutError(f"{len(self.hashes)} block hashes for {len(self.block_ids)} block ids")
+        if self.first_block < 0:
+            raise LayoutError(f"a sequence has no block {self.first_block}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,22 @@ def tier_keys(
 def split_tier_blocks(
     blocks: SequenceBlocks, namespace: Namespace, block_size: int, tier_block_tokens: int
 ) -> list[TierBlockRef]:
-    """Cut a sequence's blocks into its whole tier blocks; a rest at the end is left out."""
+    """Cut a sequence's blocks into its whole tier blocks; a rest at the end is left out.
+
+    Raises
+    ------
+    LayoutError
+        If the run does not begin where a tier block begins.
+    """
     step = tier_block_tokens // block_size
+    if blocks.first_block % step:
+        raise LayoutError(f"block {blocks.first_block} is not the first of a tier block of {step} blocks")
+    first_position = blocks.first_block * block_size
     keys = tier_keys(blocks.hashes, namespace, block_size, tier_block_tokens)
     return [
         TierBlockRef(
             key=key,
-            first_position=index * tier_block_tokens,
+            first_position=first_position + index * tier_block_tokens,
             num_tokens=tier_block_tokens,
             block_ids=tuple(blocks.block_ids[index * step : (index + 1) * step]),
         )

@@ -43,6 +43,12 @@ class OnboardHandle:
         """Tell whether the onboard has ended, well or not."""
         return self._whole.done()
 
+    def error(self) -> OnboardError | None:
+        """Return how an onboard that has ended failed, if it did. Callable from any thread."""
+        error = self._whole.exception()
+        assert error is None or isinstance(error, OnboardError)
+        return error
+
     def on_done(self, callback: Callable[[OnboardHandle], None]) -> None:
         """Call `callback` with this handle on the event loop once the onboard has ended."""
         self._whole.add_done_callback(lambda _: callback(self))

@@ -28,6 +28,7 @@ from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.tiers.base import TierKey
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.staging import StagingPool
 
@@ -51,7 +52,7 @@ class OffloadResult:
     """What became of the tier blocks of one offload call."""
 
     stored: int = 0
-    already_stored: int = 0
+    already_stored: int = 0  # or on its way by another call
     dropped: int = 0
     stored_bytes: int = 0
 
@@ -60,16 +61,33 @@ class OffloadTicket:
     """Handle of one offload call.
 
     `gathered` completes when the engine may reuse the blocks: their KV has been copied out, or will not
-    be. `wait` completes when every tier block is stored or dropped.
+    be. `wait` completes when every tier block is stored or dropped. `is_gathered`, `is_finished` and `void`
+    may be called from any thread.
     """
 
     def __init__(self, num_tier_blocks: int) -> None:
         loop = asyncio.get_running_loop()
         self.result = OffloadResult()
         self._to_gather = self._to_finish = num_tier_blocks
+        self._void = False
         self._gathered: asyncio.Future[None] = loop.create_future()
         self._done: asyncio.Future[None] = loop.create_future()
         self._settle()
+
+    def is_gathered(self) -> bool:
+        """Tell whether the blocks may be reused."""
+        return self._gathered.done()
+
+    def is_finished(self) -> bool:
+        """Tell whether nothing of this call is pending."""
+        return self._done.done()
+
+    def void(self) -> None:
+        """Give up what is not gathered yet: the engine is about to reuse the blocks and cannot wait.
+
+        What a gather reads from now on is thrown away, so it cannot be stored as the KV of these blocks.
+        """
+        self._void = True
 
     async def gathered(self) -> None:
         """Wait until the blocks may be reused."""
@@ -140,6 +158,9 @@ class Offloader:
         self._policy, self._counters, self._executor = policy, counters, executor
         self._queue_limit, self._batch, self._timeout_s = queue_limit, batch, timeout_s
         self._queue: deque[_Job] = deque()
+        #: Keys that wait or are in work: two sequences that share a prefix encode it once.
+        self._keys: set[TierKey] = set()
+        self._in_work: list[OffloadTicket] = []
         self._wake = asyncio.Event()
         self._closed = False
         self._worker = asyncio.get_running_loop().create_task(self._run(), name="kvtc-offload")
@@ -154,7 +175,7 @@ class Offloader:
 
         The engine must not reuse the blocks before ``ticket.gathered()`` has completed.
         """
-        wanted = [ref for ref in refs if self._tiers.size_of(ref.key) is None]
+        wanted = [ref for ref in refs if ref.key not in self._keys and self._tiers.size_of(ref.key) is None]
         room = 0 if self._closed else max(0, self._queue_limit - len(self._queue))
         accepted = wanted[:room]
         ticket = OffloadTicket(len(accepted))
@@ -163,18 +184,40 @@ class Offloader:
         if ticket.result.dropped:
             self._counters.dropped("closed" if self._closed else "queue_full", ticket.result.dropped)
         self._queue.extend(_Job(ref, source, ticket) for ref in accepted)
+        self._keys.update(ref.key for ref in accepted)
+        self._in_work = [held for held in self._in_work if not held.is_finished()]
+        if accepted:
+            self._in_work.append(ticket)
         self._wake.set()
         return ticket
+
+    async def drop(self, timeout_s: float) -> None:
+        """Drop what waits and wait until the batches in work have come to an end.
+
+        Raises
+        ------
+        TransferTimeoutError
+            If they do not within `timeout_s` seconds.
+        """
+        self._drop_queue("cancelled")
+        tickets = list(self._in_work)
+        if tickets:
+            _, late = await asyncio.wait([ticket._done for ticket in tickets], timeout=timeout_s)
+            if late:
+                raise TransferTimeoutError(f"offloads in work did not end within {timeout_s:g} s")
 
     async def close(self) -> None:
         """Drop what waits, let the batch in work come to an end, stop the worker."""
         self._closed = True
-        while self._queue:
-            job = self._queue.popleft()
-            self._finish_dropped(job, "closed")
-            job.ticket._mark_gathered(1)
+        self._drop_queue("closed")
         self._wake.set()
         await self._worker
+
+    def _drop_queue(self, reason: DropReason) -> None:
+        while self._queue:
+            job = self._queue.popleft()
+            self._finish_dropped(job, reason)
+            job.ticket._mark_gathered(1)
 
     async def _run(self) -> None:
         storing: asyncio.Task[None] | None = None
@@ -185,8 +228,7 @@ class Offloader:
                 if self._closed:
                     break
                 continue
-            jobs = self._next_batch()
-            encoded = await self._gather_and_encode(jobs)
+            encoded = await self._gather_and_encode(self._next_batch())
             # While this batch is stored the next one is encoded; one batch of each, no more.
             if storing is not None:
                 await storing
@@ -209,8 +251,17 @@ class Offloader:
             self._drop(jobs, error)
             return []
         finally:
+            # Looked at before the engine is told: what is void was perhaps read while it was overwritten.
+            void = [job.ticket._void for job in jobs]
             for job in jobs:
                 job.ticket._mark_gathered(1)
+        for job, is_void in zip(jobs, void, strict=True):
+            if is_void:
+                self._finish_dropped(job, "cancelled")
+        blocks = [block for block, is_void in zip(blocks, void, strict=True) if not is_void]
+        jobs = [job for job, is_void in zip(jobs, void, strict=True) if not is_void]
+        if not jobs:
+            return []
         try:
             with self._counters.timed("encode"):
                 return await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
@@ -277,7 +328,7 @@ class Offloader:
             )
         else:
             result.already_stored += 1
-        job.ticket._mark_finished(1)
+        self._finish(job)
 
     def _drop(self, jobs: list[_Job], error: Exception) -> None:
         reasons = (name for kind, name in _DROP_REASONS if isinstance(error, kind))
@@ -293,4 +344,8 @@ class Offloader:
     def _finish_dropped(self, job: _Job, reason: DropReason) -> None:
         self._counters.dropped(reason)
         job.ticket.result.dropped += 1
+        self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        self._keys.discard(job.ref.key)
         job.ticket._mark_finished(1)

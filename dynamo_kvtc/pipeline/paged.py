@@ -37,19 +37,27 @@ class PagedKvCache:
         tensors = [*keys, *values]
         if not keys or len(keys) != len(values):
             raise LayoutError("a paged cache needs one key view and one value view per layer")
-        shape, dtype = tensors[0].shape, tensors[0].dtype
-        if len(shape) != 4 or any(t.shape != shape or t.dtype != dtype for t in tensors):
+        shape = tensors[0].shape
+        if len(shape) != 4 or any(t.shape != shape for t in tensors):
             raise LayoutError(
                 "all layers must be [blocks, block_size, heads, head_size] views of one shape and dtype; "
                 "hybrid and MLA caches are not supported"
             )
+        self.keys = tuple(keys)
+        self.values = tuple(values)
+        self._describe(tensors, len(keys), shape)
+
+    def _describe(self, tensors: Sequence[torch.Tensor], num_layers: int, shape: Sequence[int]) -> None:
+        """Set what a cache with these tensors, ``[blocks, block_size, heads, head_size]``, is like."""
+        self._device, dtype = tensors[0].device, tensors[0].dtype
+        if any(tensor.dtype != dtype or tensor.device != self._device for tensor in tensors):
+            raise LayoutError("all layers must have one dtype and lie on one device")
         names = [name for name, known in CACHE_DTYPES.items() if known == dtype]
         if not names:
             raise LayoutError(f"cannot encode a cache of {dtype}; supported: {', '.join(CACHE_DTYPES)}")
-        self.keys = tuple(keys)
-        self.values = tuple(values)
         self.num_blocks, self.block_size = int(shape[0]), int(shape[1])
-        self.geometry = KvGeometry(len(keys), int(shape[2]), int(shape[3]), names[0])
+        self.geometry = KvGeometry(num_layers, int(shape[2]), int(shape[3]), names[0])
+        self._fence: torch.cuda.Event | None = None
 
     @classmethod
     def from_layers(cls, layers: Sequence[torch.Tensor], layout: str) -> PagedKvCache:
@@ -70,6 +78,27 @@ class PagedKvCache:
         views = [layer.permute(order) for layer in layers]
         return cls([view[0] for view in views], [view[1] for view in views])
 
+    def fence(self) -> None:
+        """Make later gathers and scatters wait for what the calling thread has asked its device to do.
+
+        To be called by the engine's thread when its work on the blocks is queued and not yet done. Waits for
+        nothing. On a CPU there is nothing to be done.
+        """
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._fence = event
+
+    def _after_fence(self) -> None:
+        fence = self._fence
+        if fence is not None:
+            torch.cuda.current_stream(self._device).wait_event(fence)
+
+    def _settle(self) -> None:
+        """Wait until the device has done what this thread asked it to do."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
     def check_blocks(self, block_ids: Sequence[int]) -> None:
         """Raise `LayoutError` if a block id lies outside the cache."""
         if block_ids and not (min(block_ids) >= -1 and max(block_ids) < self.num_blocks):
@@ -83,17 +112,22 @@ class PagedKvCache:
         tuple[torch.Tensor, torch.Tensor]
             Keys and values ``[len(block_ids) * block_size, num_layers, num_kv_heads, head_size]``.
         """
-        index = torch.as_tensor(block_ids, dtype=torch.int64, device=self.keys[0].device)
+        index = torch.as_tensor(block_ids, dtype=torch.int64, device=self._device)
         geometry = self.geometry
         tokens = len(block_ids) * self.block_size
         shape = (tokens, geometry.num_layers, geometry.num_kv_heads, geometry.head_size)
-        gathered = []
-        for layers in (self.keys, self.values):
-            out = layers[0].new_empty(shape)
-            for layer, view in enumerate(layers):
-                out[:, layer] = view[index].flatten(0, 1)
-            gathered.append(out)
-        return gathered[0], gathered[1]
+        keys = torch.empty(shape, dtype=geometry.torch_dtype, device=self._device)
+        values = torch.empty_like(keys)
+        self._after_fence()
+        for layer in range(geometry.num_layers):
+            self._read(layer, index, keys[:, layer], values[:, layer])
+        self._settle()
+        return keys, values
+
+    def _read(self, layer: int, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy blocks of a layer into ``[blocks * block_size, heads, head_size]`` views."""
+        keys.copy_(self.keys[layer][index].flatten(0, 1))
+        values.copy_(self.values[layer][index].flatten(0, 1))
 
     def scatter_layer(
         self, layer: int, block_ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor
@@ -107,9 +141,18 @@ class PagedKvCache:
         keys, values : torch.Tensor
             ``[len(block_ids) * block_size, num_kv_heads, head_size]``.
         """
-        shape = (len(block_ids), *self.keys[layer].shape[1:])
+        geometry = self.geometry
+        shape = (len(block_ids), self.block_size, geometry.num_kv_heads, geometry.head_size)
         wanted = [run for run, block in enumerate(block_ids) if block >= 0]
-        index = torch.as_tensor([block_ids[run] for run in wanted], dtype=torch.int64, device=keys.device)
-        for view, rows in ((self.keys[layer], keys), (self.values[layer], values)):
-            blocks = rows.reshape(shape)
-            view[index] = blocks if len(wanted) == len(block_ids) else blocks[wanted]
+        index = torch.as_tensor([block_ids[run] for run in wanted], dtype=torch.int64, device=self._device)
+        keys, values = keys.reshape(shape), values.reshape(shape)
+        if len(wanted) < len(block_ids):
+            keys, values = keys[wanted], values[wanted]
+        self._after_fence()
+        self._write(layer, index, keys, values)
+        self._settle()
+
+    def _write(self, layer: int, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy ``[blocks, block_size, heads, head_size]`` into blocks of a layer."""
+        self.keys[layer][index] = keys.to(self._device)
+        self.values[layer][index] = values.to(self._device)

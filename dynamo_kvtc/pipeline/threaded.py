@@ -9,7 +9,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
-from dynamo_kvtc.errors import TierClosedError, TransferTimeoutError
+from dynamo_kvtc.errors import OnboardError, TierClosedError, TransferTimeoutError
+from dynamo_kvtc.observability import Counters
 from dynamo_kvtc.pipeline.adapter import AdapterStatus, TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.handle import OnboardHandle
@@ -65,6 +66,15 @@ class ThreadedTierAdapter:
             return self._adapter.onboard(blocks, destination)
 
         return ThreadedOnboard(self, self._call(start()))
+
+    @property
+    def counters(self) -> Counters:
+        """The adapter's counters; reading them waits for nothing."""
+        return self._adapter.counters
+
+    def run(self, make: Callable[[TierAdapter], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine that `make` gives for the adapter on the adapter's loop and return its result."""
+        return self._call(make(self._adapter))
 
     def reset(self) -> None:
         """See `TierAdapter.reset`."""
@@ -122,6 +132,18 @@ class ThreadedOffload:
         """Wait until the blocks may be reused."""
         self._adapter._call(self._ticket.gathered(), timeout_s)
 
+    def is_gathered(self) -> bool:
+        """Tell whether the blocks may be reused; waits for nothing."""
+        return self._ticket.is_gathered()
+
+    def is_finished(self) -> bool:
+        """Tell whether nothing of this call is pending; waits for nothing."""
+        return self._ticket.is_finished()
+
+    def void(self) -> None:
+        """Give up what is not gathered yet; see `OffloadTicket.void`. Waits for nothing."""
+        self._ticket.void()
+
     def wait(self, timeout_s: float | None = None) -> OffloadResult:
         """Wait until every tier block is stored or dropped."""
         return self._adapter._call(self._ticket.wait(), timeout_s)
@@ -144,6 +166,14 @@ class ThreadedOnboard:
     def done(self) -> bool:
         """Tell whether the onboard has ended, well or not."""
         return self.handle.done()
+
+    def error(self) -> OnboardError | None:
+        """Return how an onboard that has ended failed, if it did; waits for nothing."""
+        return self.handle.error()
+
+    def request_cancel(self) -> None:
+        """Begin to stop the onboard and return at once; `done` tells when it touches nothing any more."""
+        self._adapter._submit(self.handle.cancel())
 
     def cancel(self) -> None:
         """Stop the onboard; returns when it touches nothing any more."""

@@ -1,0 +1,248 @@
+"""The worker's side of the connector: owns the tiers, onboards and offloads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from dynamo_kvtc.adapters.vllm.layouts import ordered_layers, paged_cache
+from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata, LoadJob, SaveJob
+from dynamo_kvtc.adapters.vllm.settings import ConnectorSettings
+from dynamo_kvtc.codec.rope import RopeParameters
+from dynamo_kvtc.errors import KvtcError, OnboardError
+from dynamo_kvtc.pipeline.adapter import TierAdapter
+from dynamo_kvtc.pipeline.assemble import open_adapter
+from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.lookup_service import LookupService, socket_path
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.threaded import ThreadedOffload, ThreadedOnboard, ThreadedTierAdapter
+
+__all__ = ["KvtcWorker"]
+
+_log = logging.getLogger(__name__)
+
+#: How long a step may wait for blocks of preempted requests to be copied out before they are given up.
+_PREEMPTION_PATIENCE_S = 0.1
+
+#: Added to the onboard's own deadline, which is the one that counts.
+_MARGIN_S = 10.0
+
+
+@dataclass(slots=True)
+class _Load:
+    job: LoadJob
+    onboard: ThreadedOnboard | None
+    error: OnboardError | None = None
+
+
+@dataclass(slots=True)
+class _Saves:
+    tickets: list[ThreadedOffload] = field(default_factory=list)
+    give_up_at: float = 0.0
+
+
+class KvtcWorker:
+    """Runs in the process that holds the KV cache. All methods are called by vLLM's worker thread."""
+
+    def __init__(
+        self, settings: ConnectorSettings, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> None:
+        self._settings = settings
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
+        self._timeout_s = settings.config.pipeline.onboard_timeout + _MARGIN_S
+        self._adapter: ThreadedTierAdapter | None = None
+        self._service: LookupService | None = None
+        self._cache: PagedKvCache | None = None
+        self._layers: dict[str, int] = {}
+        self._layerwise: list[_Load] = []
+        self._async: dict[str, _Load] = {}
+        self._failed_blocks: set[int] = set()
+        self._failures = 0
+        self._saves: defaultdict[str, _Saves] = defaultdict(_Saves)
+        self._finishing: set[str] = set()
+        self._reported: KvtcWorkerMetadata | None = None
+
+    # --- start and end -----------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Understand the cache's layout, open the tiers and answer lookups from now on."""
+        self.shutdown()
+        layers = ordered_layers(kv_caches)
+        self._layers = {name: index for index, (name, _) in enumerate(layers)}
+        cache = self._cache = paged_cache(self._vllm_config, self._kv_cache_config, layers)
+        config = self._settings.config
+        rope = None
+        if config.codec.profile != "raw":
+            rope = RopeParameters.from_hf_config(self._vllm_config.model_config.hf_text_config)
+        adapter = self._adapter = ThreadedTierAdapter(
+            lambda: open_adapter(config, cache.geometry, cache.block_size, rope), timeout_s=300.0
+        )
+
+        async def serve(tiers: TierAdapter) -> LookupService:
+            service = LookupService(tiers, socket_path(self._settings.service))
+            await service.start()
+            return service
+
+        self._service = adapter.run(serve)
+        _log.info("tiers are open for a cache of %s in blocks of %d tokens", cache.geometry, cache.block_size)
+
+    def shutdown(self) -> None:
+        """Close the tiers. Idempotent."""
+        adapter, self._adapter = self._adapter, None
+        service, self._service = self._service, None
+        if adapter is None:
+            return
+        if service is not None:
+            adapter.run(lambda _: service.close())
+        adapter.close()
+
+    # --- loading -----------------------------------------------------------------------------------
+
+    def start_load_kv(self, metadata: KvtcConnectorMetadata) -> None:
+        """Begin the step's loads."""
+        if not metadata.loads:
+            return
+        adapter, cache = self._opened()
+        cache.fence()
+        for job in metadata.loads:
+            load = _Load(job, None)
+            try:
+                load.onboard = adapter.onboard(
+                    SequenceBlocks(job.hashes, job.block_ids, job.salt, job.first_block), cache
+                )
+            except KvtcError as error:
+                _log.warning("a load could not begin: %s", error)
+                load.error = OnboardError(str(error), [(0, 1 << 62)])
+            if job.layerwise:
+                self._layerwise.append(load)
+            else:
+                self._async[job.req_id] = load
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Wait until this layer is in place for every request that this step loads layer by layer."""
+        if not self._layerwise:
+            return
+        layer = self._layers.get(layer_name)
+        for load in self._layerwise:
+            if layer is not None and load.onboard is not None and load.error is None:
+                try:
+                    load.onboard.layer(layer, self._timeout_s)
+                except OnboardError as error:
+                    load.error = error
+
+    def _end_layerwise(self) -> None:
+        """Wait for what is left of the step's layer-wise loads, and note which failed."""
+        for load in self._layerwise:
+            if load.onboard is not None:
+                try:
+                    load.onboard.wait(self._timeout_s)
+                except OnboardError as error:
+                    load.error = error
+            if load.error is not None:
+                self._failures += 1
+                self._note_failed(load.job, load.error)
+        self._layerwise.clear()
+
+    def _note_failed(self, job: LoadJob, error: OnboardError) -> None:
+        block_size = self._settings.block_size
+        start = job.first_block * block_size
+        for offset, block in enumerate(job.block_ids):
+            token = start + offset * block_size
+            if block >= 0 and any(first <= token < stop for first, stop in error.tokens_to_recompute):
+                self._failed_blocks.add(block)
+
+    # --- saving ------------------------------------------------------------------------------------
+
+    def wait_for_save(self, metadata: KvtcConnectorMetadata) -> None:
+        """Queue the step's offloads; blocks are copied out in the background."""
+        self._end_layerwise()
+        self._finishing |= metadata.finishing
+        if not metadata.saves:
+            return
+        adapter, cache = self._opened()
+        if metadata.failures_seen < self._failures:
+            # A load failed in this step, or in one that the scheduler had not heard of: what was computed
+            # on top of it is wrong. vLLM computes it again, and the scheduler offers it again.
+            return
+        cache.fence()
+        for job in metadata.saves:
+            self._save(adapter, cache, job)
+
+    def _save(self, adapter: ThreadedTierAdapter, cache: PagedKvCache, job: SaveJob) -> None:
+        blocks = SequenceBlocks(job.hashes, job.block_ids, job.salt, job.first_block)
+        try:
+            ticket = adapter.offload(blocks, cache, num_tokens=job.num_tokens)
+        except KvtcError as error:
+            _log.warning("an offload could not begin: %s", error)
+            return
+        self._saves[job.req_id].tickets.append(ticket)
+
+    def handle_preemptions(self, metadata: KvtcConnectorMetadata) -> None:
+        """Make sure that nothing is read any more from blocks that are about to be overwritten."""
+        deadline = time.monotonic() + _PREEMPTION_PATIENCE_S
+        for req_id in metadata.preempted & self._saves.keys():
+            for ticket in self._saves.pop(req_id).tickets:
+                while not ticket.is_gathered() and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                if not ticket.is_gathered():
+                    ticket.void()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Return requests whose blocks are copied out, and requests whose loads have ended."""
+        for req_id in finished_req_ids & self._async.keys():
+            # Nobody waits for it any more; it is reported once it touches its blocks no more.
+            onboard = self._async[req_id].onboard
+            if onboard is not None:
+                onboard.request_cancel()
+        for req_id in finished_req_ids - self._finishing:
+            self._saves.pop(req_id, None)
+        sent = {req_id for req_id in self._finishing if self._is_copied_out(req_id)}
+        for req_id in sent:
+            self._saves.pop(req_id, None)
+        self._finishing -= sent
+        received = {
+            req_id for req_id, load in self._async.items() if load.onboard is None or load.onboard.done()
+        }
+        for req_id in received:
+            load = self._async.pop(req_id)
+            error = load.error or (load.onboard.error() if load.onboard is not None else None)
+            if error is not None:
+                self._note_failed(load.job, error)
+        return sent, received
+
+    def _is_copied_out(self, req_id: str) -> bool:
+        saves = self._saves.get(req_id)
+        if saves is None:
+            return True
+        saves.give_up_at = saves.give_up_at or time.monotonic() + self._settings.config.transfer.timeout
+        waiting = [ticket for ticket in saves.tickets if not ticket.is_gathered()]
+        if waiting and time.monotonic() > saves.give_up_at:
+            for ticket in waiting:
+                ticket.void()
+            waiting = []
+        return not waiting
+
+    # --- reports -----------------------------------------------------------------------------------
+
+    def take_failed_blocks(self) -> set[int]:
+        """Return the blocks whose loads failed since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def report(self) -> KvtcWorkerMetadata | None:
+        """Return what the scheduler's side has to know, or None if nothing has changed."""
+        report = KvtcWorkerMetadata(0, self._failures)
+        if report == (self._reported or KvtcWorkerMetadata()):
+            return None
+        self._reported = report
+        return report
+
+    def _opened(self) -> tuple[ThreadedTierAdapter, PagedKvCache]:
+        assert self._adapter is not None and self._cache is not None, "vLLM registers its caches first"
+        return self._adapter, self._cache
