@@ -72,6 +72,15 @@ class ThreadedTierAdapter:
         """The adapter's counters; reading them waits for nothing."""
         return self._adapter.counters
 
+    def holds(self, sequence_hash: bytes, *, salt: bytes = b"") -> bool:
+        """Tell whether the tier block with this sequence hash is stored whole; waits for nothing."""
+        key = self._adapter.namespace(salt).key(sequence_hash)
+        return self._adapter.tiers.size_of(key) is not None
+
+    def start(self, make: Callable[[TierAdapter], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Begin a coroutine that `make` gives for the adapter on the adapter's loop and return at once."""
+        return self._submit(make(self._adapter))
+
     def run(self, make: Callable[[TierAdapter], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine that `make` gives for the adapter on the adapter's loop and return its result."""
         return self._call(make(self._adapter))

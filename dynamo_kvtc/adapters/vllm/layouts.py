@@ -20,10 +20,10 @@ from dynamo_kvtc.errors import LayoutError
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.permuted import PermutedKvCache
 
-__all__ = ["discover_places", "ordered_layers", "paged_cache"]
+__all__ = ["SPLIT_BACKENDS", "cpu_writer", "discover_places", "ordered_layers", "paged_cache"]
 
 #: GPU backends that lay out a page's content as a token's keys, then its values.
-_SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")
+SPLIT_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")
 
 #: Integers up to this are exact in every cache dtype; one digit of an element's number.
 _DIGIT = 255
@@ -72,10 +72,10 @@ def paged_cache(
             spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype, cpu_writer(spec)
         )
         return PermutedKvCache([tensor.view(tensor.shape[0], -1) for tensor in tensors], keys, values)
-    if backend not in _SPLIT_BACKENDS:
+    if backend not in SPLIT_BACKENDS:
         raise LayoutError(
             f"the cache layout of attention backend {backend} is not known; use one of "
-            f"{', '.join(_SPLIT_BACKENDS)} (--attention-backend)"
+            f"{', '.join(SPLIT_BACKENDS)} (--attention-backend)"
         )
     halves = [torch.split(tensor.transpose(1, 2), spec.head_size, dim=-1) for tensor in tensors]
     return PagedKvCache([keys for keys, _ in halves], [values for _, values in halves])

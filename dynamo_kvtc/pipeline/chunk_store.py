@@ -1,0 +1,292 @@
+"""Single tier blocks, from any place of a sequence, for hosts that submit jobs and poll for their end.
+
+A host that keeps its own book of chunks (one chunk is one tier block here) neither asks for prefixes nor
+waits: it hands over a job, goes on, and collects what has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from dynamo_kvtc.errors import KvtcError, OnboardError, TierClosedError, TransferTimeoutError
+from dynamo_kvtc.pipeline.adapter import TierAdapter
+from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
+
+__all__ = ["Chunk", "ChunkJob", "ChunkStore", "FinishedJob"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One tier block of the host.
+
+    Attributes
+    ----------
+    hash : bytes
+        Sequence hash up to the chunk's end.
+    index : int
+        Which chunk of its sequence it is; its first position is `index` times the tokens of a chunk.
+    slot : int
+        Where it lies, or shall lie, in the host's cache.
+    """
+
+    hash: bytes
+    index: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkJob:
+    """Chunks of one sequence, in order, to be stored or loaded.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Length of the sequence as far as it is known, from which the recent window counts. For stores.
+    """
+
+    job_id: int
+    chunks: Sequence[Chunk]
+    is_load: bool
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedJob:
+    """What became of a job.
+
+    Attributes
+    ----------
+    succeeded : bool
+        Nothing failed. A chunk that the policy leaves out is no failure.
+    done : tuple[bool, ...]
+        For each chunk: it is stored, or its KV is in its slot.
+    stored_bytes : int
+        Bytes of the objects that were written.
+    seconds : float
+        From submission to the end.
+    """
+
+    job: ChunkJob
+    succeeded: bool
+    done: tuple[bool, ...]
+    stored_bytes: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Pending:
+    job: ChunkJob
+    since: float = field(default_factory=time.monotonic)
+
+
+class ChunkStore:
+    """Stores and loads chunks of one cache. No method but `drain` and `close` waits; all are thread-safe.
+
+    Owns the adapter: `close` closes it.
+
+    Parameters
+    ----------
+    adapter : ThreadedTierAdapter
+        Its engine block, its tier block and the host's chunk are one and the same.
+    cache : PagedKvCache
+        The host's chunks; block i is slot i.
+    salt : bytes
+        Part of every key.
+    max_pending : int
+        Chunks that may be on their way in either direction; jobs beyond it end at once, failed.
+    loads_at_once : int
+        Jobs that load at the same time; others wait for their turn.
+    load_timeout_s : float
+        How long a job waits for its turn. The load itself has the adapter's own deadline.
+    """
+
+    def __init__(
+        self,
+        adapter: ThreadedTierAdapter,
+        cache: PagedKvCache,
+        *,
+        salt: bytes = b"",
+        max_pending: int = 1024,
+        loads_at_once: int = 4,
+        load_timeout_s: float = 30.0,
+    ) -> None:
+        self._adapter, self._cache, self._salt = adapter, cache, salt
+        self._max_pending = max_pending
+        self._load_timeout_s = load_timeout_s
+        self._turn = asyncio.Semaphore(loads_at_once)
+        self._changed = threading.Condition()
+        self._pending: dict[int, _Pending] = {}
+        self._pending_chunks = 0
+        self._finished: list[FinishedJob] = []
+        self._touching: Future[None] | None = None
+        self._closed = False
+        #: Jobs that were turned away because too much was on its way.
+        self.refused_jobs = 0
+
+    @property
+    def pending_jobs(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._pending)
+
+    def holds(self, sequence_hash: bytes) -> bool:
+        """Tell whether a chunk is stored whole."""
+        return not self._closed and self._adapter.holds(sequence_hash, salt=self._salt)
+
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        """Count chunks as used just now. Best effort: left out while an earlier call is being worked on."""
+        if self._closed or not hashes or (self._touching is not None and not self._touching.done()):
+            return
+
+        async def touch(adapter: TierAdapter) -> None:
+            await adapter.tiers.contains_prefix(adapter.keys(hashes, salt=self._salt))
+
+        self._touching = self._adapter.start(touch)
+
+    def submit(self, job: ChunkJob) -> None:
+        """Begin a job and return at once."""
+        pending = _Pending(job)
+        with self._changed:
+            full = self._pending_chunks + len(job.chunks) > self._max_pending
+            if full or self._closed or not job.chunks:
+                self.refused_jobs += full
+                self._end(pending, not job.chunks, [False] * len(job.chunks), 0)
+                return
+            self._pending[job.job_id] = pending
+            self._pending_chunks += len(job.chunks)
+        try:
+            future = self._adapter.start(lambda adapter: self._run(adapter, pending))
+        except TierClosedError:
+            with self._changed:
+                self._leave(pending, False, [False] * len(job.chunks), 0)
+            return
+        future.add_done_callback(lambda done: self._settle(pending, done))
+
+    def take_finished(self) -> list[FinishedJob]:
+        """Return the jobs that have ended since the last call."""
+        with self._changed:
+            finished, self._finished = self._finished, []
+        return finished
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until every job has ended.
+
+        Raises
+        ------
+        TransferTimeoutError
+            If some have not within `timeout_s` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._pending, timeout_s):
+                raise TransferTimeoutError(
+                    f"{len(self._pending)} jobs of the compressed tier did not end within {timeout_s:g} s"
+                )
+
+    def close(self) -> None:
+        """End every job and close the adapter. Afterwards nothing touches the cache. Idempotent.
+
+        Raises
+        ------
+        TransferTimeoutError
+            If the adapter could not be closed in time: something may still touch the cache.
+        """
+        with self._changed:
+            self._closed = True
+        self._adapter.close()
+        with self._changed:
+            for pending in list(self._pending.values()):
+                self._leave(pending, False, [False] * len(pending.job.chunks), 0)
+
+    # --- on the adapter's event loop ---------------------------------------------------------------
+
+    async def _run(self, adapter: TierAdapter, pending: _Pending) -> None:
+        job = pending.job
+        succeeded, stored_bytes = False, 0
+        done = [False] * len(job.chunks)
+        try:
+            if job.is_load:
+                succeeded = await self._load(adapter, job, done)
+            else:
+                succeeded, stored_bytes = await self._store(adapter, job, done)
+        except KvtcError as error:
+            level = logging.DEBUG if isinstance(error, TierClosedError) else logging.WARNING
+            _log.log(level, "a job of %d chunks failed: %s", len(job.chunks), error)
+        finally:
+            with self._changed:
+                self._leave(pending, succeeded, done, stored_bytes)
+
+    async def _store(self, adapter: TierAdapter, job: ChunkJob, done: list[bool]) -> tuple[bool, int]:
+        tickets = [
+            adapter.offload(self._blocks(job.chunks[run]), self._cache, num_tokens=job.num_tokens)
+            for run in _runs(job.chunks)
+        ]
+        results = [await ticket.wait() for ticket in tickets]
+        keys = adapter.keys([chunk.hash for chunk in job.chunks], salt=self._salt)
+        done[:] = [adapter.tiers.size_of(key) is not None for key in keys]
+        return not any(result.dropped for result in results), sum(result.stored_bytes for result in results)
+
+    async def _load(self, adapter: TierAdapter, job: ChunkJob, done: list[bool]) -> bool:
+        try:
+            await asyncio.wait_for(self._turn.acquire(), self._load_timeout_s)
+        except asyncio.TimeoutError:
+            raise TransferTimeoutError(f"no turn to load within {self._load_timeout_s:g} s") from None
+        try:
+            for run in _runs(job.chunks):
+                done[run] = await self._load_run(adapter, job.chunks[run])
+        finally:
+            self._turn.release()
+        return all(done)
+
+    async def _load_run(self, adapter: TierAdapter, chunks: Sequence[Chunk]) -> list[bool]:
+        handle = adapter.onboard(self._blocks(chunks), self._cache)
+        try:
+            await handle.wait()
+        except OnboardError as error:
+            first_lost = min((start for start, _ in error.tokens_to_recompute), default=0)
+            return [(chunk.index + 1) * adapter.block_size <= first_lost for chunk in chunks]
+        finally:
+            # Whoever cancels this job must not get the slots back while they are written.
+            await handle.cancel()
+        return [True] * len(chunks)
+
+    def _blocks(self, chunks: Sequence[Chunk]) -> SequenceBlocks:
+        return SequenceBlocks(
+            [chunk.hash for chunk in chunks], [chunk.slot for chunk in chunks], self._salt, chunks[0].index
+        )
+
+    # --- book-keeping ------------------------------------------------------------------------------
+
+    def _settle(self, pending: _Pending, future: Future[None]) -> None:
+        """See to it that a job whose coroutine never ran, or failed unexpectedly, ends as well."""
+        if not future.cancelled() and (error := future.exception()) is not None:
+            _log.error("a job failed by an unexpected error", exc_info=error)
+        with self._changed:
+            self._leave(pending, False, [False] * len(pending.job.chunks), 0)
+
+    def _leave(self, pending: _Pending, succeeded: bool, done: Sequence[bool], stored_bytes: int) -> None:
+        if self._pending.pop(pending.job.job_id, None) is not None:
+            self._pending_chunks -= len(pending.job.chunks)
+            self._end(pending, succeeded, done, stored_bytes)
+
+    def _end(self, pending: _Pending, succeeded: bool, done: Sequence[bool], stored_bytes: int) -> None:
+        seconds = time.monotonic() - pending.since
+        self._finished.append(FinishedJob(pending.job, succeeded, tuple(done), stored_bytes, seconds))
+        self._changed.notify_all()
+
+
+def _runs(chunks: Sequence[Chunk]) -> Iterator[slice]:
+    """Yield where chunks follow each other in their sequence without a gap."""
+    start = 0
+    for stop in range(1, len(chunks) + 1):
+        if stop == len(chunks) or chunks[stop].index != chunks[stop - 1].index + 1:
+            yield slice(start, stop)
+            start = stop
