@@ -116,6 +116,8 @@ class FaultyTier(TierWrapper):
     short : Collection[int]
         Gets that report success although the second half of each destination was not written, as some
         storage reports short reads as done; those bytes are set to zero.
+    rotten : Collection[int]
+        Gets that report success although one bit of each destination is wrong.
     stuck : Collection[int]
         Gets that do nothing until their deadline, or until they are cancelled.
     failing_puts : Mapping[int, Exception]
@@ -135,6 +137,7 @@ class FaultyTier(TierWrapper):
         *,
         failing: Mapping[int, Exception] | None = None,
         short: Collection[int] = (),
+        rotten: Collection[int] = (),
         stuck: Collection[int] = (),
         failing_puts: Mapping[int, Exception] | None = None,
         delay_s: float = 0.0,
@@ -145,6 +148,7 @@ class FaultyTier(TierWrapper):
         self._failing = dict(failing or {})
         self._failing_puts = dict(failing_puts or {})
         self._short = frozenset(short)
+        self._rotten = frozenset(rotten)
         self._stuck = frozenset(stuck)
         self._delay_s = delay_s
 
@@ -170,3 +174,6 @@ class FaultyTier(TierWrapper):
             for read in reads:
                 written = read.into.nbytes // 2
                 read.into.view[written:] = bytes(read.into.nbytes - written)
+        if number in self._rotten:
+            for read in reads:
+                read.into.view[read.into.nbytes // 2] ^= 0x10

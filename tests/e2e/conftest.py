@@ -64,16 +64,16 @@ _FAILED = pytest.StashKey[bool]()
 
 
 @pytest.fixture
-def deploy(model: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[], Deployment]]:
+def deploy(model: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Deployment]]:
     """Make deployments; when the test ends, so do they, and the logs of a failed one stay."""
     from deployment import Deployment
 
     deployments: list[Deployment] = []
     with ExitStack() as stack:
 
-        def start() -> Deployment:
+        def start(*router: str) -> Deployment:
             name = request.node.name.translate(str.maketrans("/[]", "___"))
-            deployment = Deployment(LOGS / name / str(len(deployments)), model)
+            deployment = Deployment(LOGS / name / str(len(deployments)), model, router)
             deployments.append(stack.enter_context(deployment))
             return deployment
 

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectors import nixl
-from conversations import first_turn
+import pytest
+from answers import assert_same, whole_tier_blocks
+from connectors import kvtc, multi, nixl, write_config
+from conversations import first_turn, next_turn
 
 
-def test_decode_takes_the_whole_prompt_over_nixl(deploy, tmp_path: Path) -> None:
+@pytest.mark.e2e_ci
+def test_a_new_prefill_process_is_served_from_what_an_earlier_one_stored(deploy, tmp_path: Path) -> None:
+    ours = kvtc(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
+    both = multi("kv_producer", nixl("kv_producer"), ours)
     deployment = deploy()
-    prefill = deployment.start("prefill", mode="prefill", kv_transfer=nixl("kv_producer"))
-    decode = deployment.start("decode", mode="decode", kv_transfer=nixl("kv_consumer"))
+    settings = {"mode": "prefill", "kv_transfer": both, "dtype": "float32"}
+    prefill = deployment.start("prefill", **settings)
+    decode = deployment.start("decode", mode="decode", kv_transfer=nixl("kv_consumer"), dtype="float32")
     deployment.wait_ready(prefill, decode)
-    answer = deployment.chat(first_turn(0))
-    assert prefill.counters().prompt_tokens().computed == answer.prompt_tokens
-    sources = decode.counters().prompt_tokens()
-    print(sources, answer)
-    assert sources.external >= answer.prompt_tokens - 1
+    messages = first_turn(0)
+    first = deployment.chat(messages)
+    assert prefill.counters().prompt_tokens().computed == first.prompt_tokens
+    assert decode.counters().prompt_tokens().external == first.prompt_tokens
+    messages = next_turn(messages, first.text)
+    expected = deployment.chat(messages)
+
+    prefill.kill()
+    prefill = deployment.worker("second-prefill", **settings)
+    before = decode.counters().prompt_tokens()
+    answer = deployment.chat(messages)
+    sources = prefill.counters().prompt_tokens()
+    assert sources.external == whole_tier_blocks(first.prompt_tokens)
+    assert sources.computed == answer.prompt_tokens - sources.external
+    # Decode computes nothing: what its own cache has not, NIXL brings.
+    delta = decode.counters().prompt_tokens() - before
+    assert delta.computed == 0
+    assert delta.local_cache + delta.external == answer.prompt_tokens
+    assert_same(answer, expected)

@@ -110,9 +110,11 @@ async def open_rig(
     onboard: OnboardSettings | None = None,
     policy: OffloadPolicy = POLICY,
     codec: KvCodec | None = None,
+    store_timeout_s: float = 10.0,
+    wrap_agent: Callable[[TransferAgent], TransferAgent] = lambda agent: agent,
 ) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as opened:
-        agent = await opened.enter_async_context(await TransferAgent.create())
+        agent = await opened.enter_async_context(wrap_agent(await TransferAgent.create()))
         staging = await StagingPool.create(agent, staging_bytes)
         made: list[Tier] = []
         if "host" in tiers:
@@ -130,7 +132,7 @@ async def open_rig(
                 BLOCK_SIZE,
                 onboard=onboard,
                 queue_limit=queue_limit,
-                store_timeout_s=10,
+                store_timeout_s=store_timeout_s,
             )
         )
         source, destination = make_cache(num_blocks, filled=True), make_cache(num_blocks, filled=False)

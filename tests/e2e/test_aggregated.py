@@ -1,0 +1,47 @@
+"""One kind of worker that prefills and decodes, with our disk tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from answers import assert_same, whole_tier_blocks
+from connectors import kvtc, write_config
+from conversations import first_turn, next_turn
+
+
+@pytest.mark.e2e_ci
+def test_a_conversation_goes_on_after_its_worker_was_killed(deploy, tmp_path: Path) -> None:
+    """The next worker serves the document from the disk tier, and says what the first one would have said."""
+    transfer = kvtc(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
+    deployment = deploy()
+    worker = deployment.worker("first", kv_transfer=transfer, dtype="float32")
+    messages = first_turn(0)
+    first = deployment.chat(messages)
+    assert worker.counters().prompt_tokens().computed == first.prompt_tokens
+    messages = next_turn(messages, first.text)
+    expected = deployment.chat(messages)
+
+    worker.kill()
+    worker = deployment.worker("second", kv_transfer=transfer, dtype="float32")
+    answer = deployment.chat(messages)
+    sources = worker.counters().prompt_tokens()
+    assert sources.external == answer.cached_tokens == whole_tier_blocks(first.prompt_tokens)
+    assert sources.local_cache == 0
+    assert_same(answer, expected)
+
+
+def test_every_turn_may_be_served_by_another_worker(deploy, tmp_path: Path) -> None:
+    """What one worker loaded and went on from, the next one finds on the disk, whole."""
+    transfer = kvtc(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
+    deployment = deploy()
+    messages, stored = first_turn(1), 0
+    for turn in range(3):
+        worker = deployment.worker(f"turn-{turn}", kv_transfer=transfer)
+        answer = deployment.chat(messages, max_tokens=150)
+        sources = worker.counters().prompt_tokens()
+        assert sources.external == stored
+        assert sources.computed == answer.prompt_tokens - stored
+        worker.kill()
+        stored = whole_tier_blocks(answer.prompt_tokens)
+        messages = next_turn(messages, answer.text, "And what happens next?")
