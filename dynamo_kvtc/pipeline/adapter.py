@@ -16,6 +16,7 @@ from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
 from dynamo_kvtc.observability import Counters, MetricsEndpoint, Snapshot
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
+from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
@@ -122,6 +123,8 @@ class TierAdapter:
         self._onboards: set[OnboardHandle] = set()
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self._queue_limit = queue_limit
+        #: What the tiers gain and lose, once a host has asked for it.
+        self.events: EventLog | None = None
         #: The HTTP endpoint, if one was opened.
         self.endpoint: MetricsEndpoint | None = None
         #: What blocks are encoded with, for the status.
@@ -159,6 +162,8 @@ class TierAdapter:
         self._check_open()
         keys = self.keys(hashes, salt=salt)
         found = await self.tiers.contains_prefix(keys)
+        if self.events is not None:
+            self.events.found(keys[:found], self._last_hashes(hashes)[:found])
         tokens = found * self.policy.tier_block_tokens
         self.counters.looked_up(len(keys), found, len(hashes) * self.block_size, tokens)
         _log.debug("looked up", extra={"kvtc": {"asked": len(hashes) * self.block_size, "found": tokens}})
@@ -182,6 +187,8 @@ class TierAdapter:
         )
         stop = self.policy.tier_blocks_to_offload(known if num_tokens is None else num_tokens)
         stop *= self.policy.tier_block_tokens
+        if self.events is not None:
+            self.events.name([ref.key for ref in refs], self._last_hashes(blocks.hashes))
         return self._offloader.submit([ref for ref in refs if ref.first_position < stop], source)
 
     def onboard(self, blocks: SequenceBlocks, destination: PagedKvCache) -> OnboardHandle:
@@ -276,6 +283,17 @@ class TierAdapter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def watch(self) -> EventLog:
+        """Begin to collect what the tiers gain and lose; whoever asks takes the events in time."""
+        if self.events is None:
+            self.events = EventLog(self.tiers)
+        return self.events
+
+    def _last_hashes(self, hashes: Sequence[bytes]) -> Sequence[bytes]:
+        """Return the hash of the last block of each whole tier block."""
+        step = self.policy.tier_block_tokens // self.block_size
+        return hashes[step - 1 :: step]
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from dynamo_kvtc.errors import TransferTimeoutError
-from dynamo_kvtc.tiers.base import ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.base import OnChange, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.transfer import MemorySpan
 
 __all__ = ["FaultyTier", "ThrottledTier", "TierWrapper"]
@@ -51,6 +51,10 @@ class TierWrapper(Tier):
     async def clear(self) -> None:
         """See `Tier.clear`."""
         await self.inner.clear()
+
+    def watch(self, on_change: OnChange) -> None:
+        """See `Tier.watch`."""
+        self.inner.watch(on_change)
 
     def stats(self) -> TierStats:
         """See `Tier.stats`."""

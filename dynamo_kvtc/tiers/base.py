@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dynamo_kvtc.transfer.memory import MemorySpan
 
-__all__ = ["KEY_BYTES", "Namespace", "ReadRequest", "Tier", "TierKey", "TierStats"]
+__all__ = ["KEY_BYTES", "Namespace", "OnChange", "ReadRequest", "Tier", "TierKey", "TierStats"]
 
 #: Bytes of a tier key (a BLAKE2b digest).
 KEY_BYTES = 32
 
 #: A tier key. Opaque to tiers; derived by `Namespace.key`.
 TierKey = bytes
+
+
+#: Told of a key, and whether its object became visible (True) or went (False).
+OnChange = Callable[[TierKey, bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,12 @@ class Tier(ABC):
     @abstractmethod
     async def clear(self) -> None:
         """Drop every object that is not pinned or being read."""
+
+    def watch(self, on_change: OnChange) -> None:  # noqa: B027  # optional
+        """Call `on_change` on the tier's event loop for every object that comes or goes from now on.
+
+        It must be quick and must not call the tier. A tier that cannot tell, as by default, tells nothing.
+        """
 
     @abstractmethod
     def stats(self) -> TierStats:

@@ -15,7 +15,7 @@ from dynamo_kvtc.errors import (
     TierError,
     TierFullError,
 )
-from dynamo_kvtc.tiers.base import KEY_BYTES, ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.base import KEY_BYTES, OnChange, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.tiers.index import Location, ObjectIndex
 from dynamo_kvtc.transfer import MemorySpan
 
@@ -46,6 +46,7 @@ class IndexedTier(Tier):
         self._readers: Counter[TierKey] = Counter()
         self._dropped_while_read: dict[TierKey, Location] = {}
         self._closed = False
+        self._on_change: OnChange | None = None
         self._lookups = self._hits = self._puts = self._evictions = 0
         self._bytes_written = self._bytes_read = 0
         self._rejected_full = self._corrupt_dropped = 0
@@ -83,6 +84,7 @@ class IndexedTier(Tier):
     def _evict(self, key: TierKey) -> None:
         self._reclaim(self._index.remove(key))
         self._evictions += 1
+        self._tell(key, False)
 
     def _drop_corrupt(self, key: TierKey) -> None:
         """Make a damaged object invisible, pinned or not; its room follows when nobody reads it."""
@@ -91,10 +93,15 @@ class IndexedTier(Tier):
         location = self._index.remove(key)
         self._pins.pop(key, None)
         self._corrupt_dropped += 1
+        self._tell(key, False)
         if key in self._readers:
             self._dropped_while_read[key] = location
         else:
             self._reclaim(location)
+
+    def _tell(self, key: TierKey, stored: bool) -> None:
+        if self._on_change is not None:
+            self._on_change(key, stored)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -147,6 +154,7 @@ class IndexedTier(Tier):
         self._index.add(key, location)
         self._puts += 1
         self._bytes_written += source.nbytes
+        self._tell(key, True)
         return True
 
     async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
@@ -222,6 +230,10 @@ class IndexedTier(Tier):
         for first in range(0, len(keys), _CLEAR_BATCH):
             await self.evict(keys[first : first + _CLEAR_BATCH])
             await asyncio.sleep(0)
+
+    def watch(self, on_change: OnChange) -> None:
+        """Report objects that come and go; see `Tier.watch`."""
+        self._on_change = on_change
 
     def stats(self) -> TierStats:
         """Return the counters."""

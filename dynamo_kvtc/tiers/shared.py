@@ -33,7 +33,7 @@ from dynamo_kvtc.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.tiers.base import KEY_BYTES, ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.base import KEY_BYTES, OnChange, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.disk_format import RECORD_HEADER_BYTES, WRITER_PREFIX, record_bytes, segment_files
 from dynamo_kvtc.tiers.index import Location
@@ -278,6 +278,10 @@ class SharedDiskTier(Tier):
     async def clear(self) -> None:
         """Drop every object of this worker that is not pinned or being read."""
         await self._own.clear()
+
+    def watch(self, on_change: OnChange) -> None:
+        """Report this worker's own objects; what others store and drop they report themselves."""
+        self._own.watch(on_change)
 
     def stats(self) -> TierStats:
         """Return the counters; objects and bytes stored are this worker's own."""
