@@ -91,17 +91,24 @@ class KvtcWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         Offload calls under way.
     failures : int
         Failed layer-wise loads since the start.
+    copied : dict[str, int]
+        For requests of which more was copied out since the last report: how many of their save jobs need
+        their blocks no more.
     events : tuple[TierEvent, ...]
         In the order in which they happened.
     """
 
     pending: int = 0
     failures: int = 0
+    copied: dict[str, int] = field(default_factory=dict)
     events: tuple[TierEvent, ...] = ()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join what two workers report (one worker at present)."""
         assert isinstance(other, KvtcWorkerMetadata)
         return KvtcWorkerMetadata(
-            self.pending + other.pending, max(self.failures, other.failures), self.events + other.events
+            self.pending + other.pending,
+            max(self.failures, other.failures),
+            {**self.copied, **other.copied},
+            self.events + other.events,
         )

@@ -42,8 +42,9 @@ class _Tracked:
     local_tokens: int = 0
     #: Leading tier blocks that are in the tiers or on their way.
     saved: int = 0
-    #: Whether the worker may still be copying blocks out.
-    has_saves: bool = False
+    #: Save jobs given to the worker, and how many of them it reads blocks for no more.
+    save_jobs: int = 0
+    copied_jobs: int = 0
     loading: frozenset[int] = field(default_factory=frozenset)
     is_loading_async: bool = False
     #: A load failed: what the tiers promise for this request is not asked for again.
@@ -118,7 +119,7 @@ class KvtcScheduler:
         for req_id in preempted:
             if (tracked := self._tracked.get(req_id)) is not None:
                 # The worker settles or gives up what it was copying; the rest is offered again.
-                tracked.saved, tracked.has_saves = 0, False
+                tracked.saved = 0
         saves = [
             job
             for req_id, tokens in scheduler_output.num_scheduled_tokens.items()
@@ -145,7 +146,8 @@ class KvtcScheduler:
         if tables is None:
             return None
         first, last = tracked.saved * self._step, stop * self._step
-        tracked.saved, tracked.has_saves = stop, True
+        tracked.saved = stop
+        tracked.save_jobs += 1
         return SaveJob(
             req_id,
             first,
@@ -170,7 +172,12 @@ class KvtcScheduler:
                 if loaded.no_load:
                     loaded.saved = 0
         report = output.kv_connector_worker_meta
-        if isinstance(report, KvtcWorkerMetadata) and report.failures > self._failures:
+        if not isinstance(report, KvtcWorkerMetadata):
+            return
+        for req_id, jobs in report.copied.items():
+            if (copied := self._tracked.get(req_id)) is not None:
+                copied.copied_jobs = jobs
+        if report.failures > self._failures:
             # vLLM has rolled the affected requests back; their blocks are computed, and offered, again.
             self._failures = report.failures
             for tracked in self._tracked.values():
@@ -182,7 +189,7 @@ class KvtcScheduler:
         tracked = self._tracked.pop(request.request_id, None)
         self._loads = [job for job in self._loads if job.req_id != request.request_id or not job.layerwise]
         # A request that is aborted while it loads is released when the worker reports the load as ended.
-        if tracked is None or not tracked.has_saves or tracked.is_loading_async:
+        if tracked is None or tracked.is_loading_async or tracked.copied_jobs >= tracked.save_jobs:
             return False
         self._finishing.add(request.request_id)
         return True

@@ -43,8 +43,28 @@ class _Load:
 
 @dataclass(slots=True)
 class _Saves:
+    """The save jobs of one request."""
+
+    #: Those that may still read blocks.
     tickets: list[ThreadedOffload] = field(default_factory=list)
+    #: How many do not, since the request began, and how many of them have been reported.
+    copied: int = 0
+    reported: int = 0
     give_up_at: float = 0.0
+
+    def settle(self) -> bool:
+        """Count tickets that need their blocks no more; returns whether none is left."""
+        waiting = [ticket for ticket in self.tickets if not ticket.is_gathered()]
+        self.copied += len(self.tickets) - len(waiting)
+        self.tickets = waiting
+        return not waiting
+
+    def give_up(self) -> None:
+        """Let nothing be stored that is not copied out by now."""
+        for ticket in self.tickets:
+            ticket.void()
+        self.copied += len(self.tickets)
+        self.tickets = []
 
 
 class KvtcWorker:
@@ -66,7 +86,7 @@ class KvtcWorker:
         self._failures = 0
         self._saves: defaultdict[str, _Saves] = defaultdict(_Saves)
         self._finishing: set[str] = set()
-        self._reported: KvtcWorkerMetadata | None = None
+        self._failures_reported = 0
 
     # --- start and end -----------------------------------------------------------------------------
 
@@ -169,6 +189,8 @@ class KvtcWorker:
         if metadata.failures_seen < self._failures:
             # A load failed in this step, or in one that the scheduler had not heard of: what was computed
             # on top of it is wrong. vLLM computes it again, and the scheduler offers it again.
+            for job in metadata.saves:
+                self._saves[job.req_id].copied += 1
             return
         cache.fence()
         for job in metadata.saves:
@@ -180,6 +202,7 @@ class KvtcWorker:
             ticket = adapter.offload(blocks, cache, num_tokens=job.num_tokens)
         except KvtcError as error:
             _log.warning("an offload could not begin: %s", error)
+            self._saves[job.req_id].copied += 1
             return
         self._saves[job.req_id].tickets.append(ticket)
 
@@ -187,11 +210,10 @@ class KvtcWorker:
         """Make sure that nothing is read any more from blocks that are about to be overwritten."""
         deadline = time.monotonic() + _PREEMPTION_PATIENCE_S
         for req_id in metadata.preempted & self._saves.keys():
-            for ticket in self._saves.pop(req_id).tickets:
-                while not ticket.is_gathered() and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                if not ticket.is_gathered():
-                    ticket.void()
+            saves = self._saves[req_id]
+            while not saves.settle() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            saves.give_up()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """Return requests whose blocks are copied out, and requests whose loads have ended."""
@@ -221,12 +243,9 @@ class KvtcWorker:
         if saves is None:
             return True
         saves.give_up_at = saves.give_up_at or time.monotonic() + self._settings.config.transfer.timeout
-        waiting = [ticket for ticket in saves.tickets if not ticket.is_gathered()]
-        if waiting and time.monotonic() > saves.give_up_at:
-            for ticket in waiting:
-                ticket.void()
-            waiting = []
-        return not waiting
+        if not saves.settle() and time.monotonic() > saves.give_up_at:
+            saves.give_up()
+        return not saves.tickets
 
     # --- reports -----------------------------------------------------------------------------------
 
@@ -237,11 +256,15 @@ class KvtcWorker:
 
     def report(self) -> KvtcWorkerMetadata | None:
         """Return what the scheduler's side has to know, or None if nothing has changed."""
-        report = KvtcWorkerMetadata(0, self._failures)
-        if report == (self._reported or KvtcWorkerMetadata()):
+        copied = {}
+        for req_id, saves in self._saves.items():
+            saves.settle()
+            if saves.copied > saves.reported:
+                copied[req_id] = saves.reported = saves.copied
+        if not copied and self._failures == self._failures_reported:
             return None
-        self._reported = report
-        return report
+        self._failures_reported = self._failures
+        return KvtcWorkerMetadata(0, self._failures, copied)
 
     def _opened(self) -> tuple[ThreadedTierAdapter, PagedKvCache]:
         assert self._adapter is not None and self._cache is not None, "vLLM registers its caches first"
