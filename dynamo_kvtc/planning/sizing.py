@@ -189,11 +189,11 @@ def plan(request: PlanRequest) -> Plan:
     _check(request)
     geometry = request.model.geometry
     per_worker = request.gpus_per_worker or _gpus_per_worker(request)
-    if per_worker > 1 and request.connector == "kvtc":
+    if per_worker > 1:
         raise ConfigError(
             f"{request.model.name} would need {per_worker} GPUs of {format_size(request.gpu_memory)} a "
-            "worker; connector kvtc serves models that one GPU holds, for an artifact covers all KV "
-            "heads. Plan with larger GPUs (--gpu-memory)"
+            "worker; workers have one, for an artifact covers all KV heads. Plan with larger GPUs "
+            "(--gpu-memory), or with --gpus-per-worker 1 if the weights leave enough for the cache"
         )
     workers = request.gpus // per_worker
     prefill, decode = _split_workers(request, workers)
@@ -232,6 +232,11 @@ def plan(request: PlanRequest) -> Plan:
     per_token = stored_block / policy.tier_block_tokens
     engine_gpu = request.gpu_memory * request.gpu_share - _ACTIVATION_BYTES
     usable = int(engine_gpu * per_worker) - request.model.weight_bytes
+    if usable < geometry.token_bytes * request.block_size:
+        raise ConfigError(
+            f"the weights of {request.model.name} leave no room for its cache on a GPU of "
+            f"{format_size(request.gpu_memory)}: plan with larger GPUs (--gpu-memory)"
+        )
     held = {"gpu": _held(usable, geometry, None)}
     if pool:
         held["pool"] = _held(pool, geometry, None)
@@ -332,10 +337,6 @@ def _notes(
     if decode:
         notes.append(
             f"tiers sit on the {workers - decode} prefill workers; decode takes KV from them over NIXL"
-        )
-    if per_worker > 1:
-        notes.append(
-            f"a worker has {per_worker} GPUs: see docs/kubernetes.md for what the connector does with them"
         )
     if request.sequence_tokens < policy.minimum_tokens:
         notes.append(

@@ -143,9 +143,10 @@ def test_typos_in_values_are_refused(path: str, value: Any) -> None:
         ({"tiers": {"disk": {"shared": True}}}, "only a folder of the node can be shared"),
         ({"tiers": {"host": {"capacity": "120GiB"}}}, "worker.memory .128Gi. does not hold"),
         ({"connector": "offloading"}, "is too small for offloading.poolGiB.*28Gi here"),
+        ({"connector": "offloading", "offloading": {"chunkTokens": 100}}, "a multiple of model.blockSize"),
         ({"connector": "kvbm", "kvbm": {"cpuCacheGB": 64}}, "does not hold"),
         ({"mode": "disaggregated", "prefill": {"memory": "64Gi"}}, "prefill.memory"),
-        ({"worker": {"gpus": 2}}, "connector kvtc serves models that one GPU holds"),
+        ({"worker": {"gpus": 2}}, "a worker with tiers has one GPU"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], said: str) -> None:
@@ -196,7 +197,7 @@ def test_what_plan_prints_renders(model: str, mode: Any, connector: Any, tmp_pat
     request = PlanRequest(
         read_model(model),
         gpus=8,
-        gpu_memory=288 * GIB if connector == "kvtc" else 80 * GIB,
+        gpu_memory=288 * GIB,
         ratio=12.5,
         mode=mode,
         connector=connector,

@@ -192,7 +192,9 @@ def test_transfer_configurations_are_what_dynamo_takes(name: str) -> None:
             (ours,) = extra.get("secondary_tiers", [extra])
             assert ours["config"] == "/etc/dynamo-kvtc/kvtc.yaml"
             if child["kv_connector"] == "OffloadingConnector":
-                assert extra["self_describing_kv_events"] is True
+                assert extra["self_describing_kv_events"] is True and ours["enable_kv_events"] is True
+                assert extra["block_size"] == 256
+                assert ours["attention_backend"] == argument(name, kind, "--attention-backend")
                 assert extra["cpu_bytes_to_use"] % (1 << 30) == 0
                 size = component(name, kind)["sharedMemorySize"]
                 assert (int(size[:-2]) - 8 << 30) >= 1.2 * extra["cpu_bytes_to_use"]

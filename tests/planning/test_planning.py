@@ -89,20 +89,18 @@ def test_tokens_follow_the_ratio() -> None:
     assert 15 < twenty.effective_ratio < 16  # as published: 15.4x at 8K tokens
 
 
-def test_gpus_per_worker_follow_from_the_weights() -> None:
-    sizes = {
-        name: plan(PlanRequest(read_model(name), gpus=8, ratio=20, connector="offloading")).gpus_per_worker
-        for name in KNOWN_MODELS
-    }
-    assert sizes["meta-llama/Llama-3.1-8B-Instruct"] == 1
-    assert sizes["Qwen/Qwen3-32B"] == 2
-    assert sizes["meta-llama/Llama-3.3-70B-Instruct"] == 4
+def test_a_worker_has_one_gpu_that_holds_the_weights() -> None:
+    for name, gpus in (("Qwen3-32B", 2), ("Llama-3.3-70B-Instruct", 4)):
+        with pytest.raises(ConfigError, match=f"would need {gpus} GPUs of 80GiB a worker"):
+            plan(PlanRequest(read_model(name), gpus=8, ratio=20))
     with pytest.raises(ConfigError, match="141 GB of weights"):
         plan(PlanRequest(read_model("Llama-3.3-70B-Instruct"), gpus=2, ratio=20))
-    with pytest.raises(ConfigError, match="connector kvtc serves models that one GPU holds"):
-        plan(PlanRequest(read_model("Llama-3.3-70B-Instruct"), gpus=8, ratio=20))
-    large = PlanRequest(read_model("Qwen3-32B"), gpus=8, ratio=20, gpu_memory=141 * GIB)
-    assert plan(large).gpus_per_worker == 1
+    request = PlanRequest(read_model("Qwen3-32B"), gpus=8, ratio=20)
+    assert plan(replace(request, gpu_memory=141 * GIB)).gpus_per_worker == 1
+    tight = plan(replace(request, gpus_per_worker=1))
+    assert 0 < tight.held["gpu"].raw < 40_000
+    with pytest.raises(ConfigError, match="leave no room for its cache"):
+        plan(replace(request, gpus_per_worker=1, gpu_memory=64 * GIB))
 
 
 def test_a_disaggregated_plan_has_tiers_on_prefill_only() -> None:
@@ -134,7 +132,7 @@ def test_shared_memory_holds_the_engines_own_pool() -> None:
         ({"gpu_share": 1.5}, "between 0 and 1"),
         ({"profile": "raw"}, "its ratio is 1"),
         ({"block_size": 48}, "multiple of the engine's"),
-        ({"gpus_per_worker": 16, "connector": "kvbm"}, "do not make one worker"),
+        ({"gpus_per_worker": 16}, "would need 16 GPUs"),
     ],
 )
 def test_impossible_plans_are_refused(change: dict[str, Any], said: str) -> None:

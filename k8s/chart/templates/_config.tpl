@@ -47,9 +47,9 @@
 {{- $_ := set $own "kv_connector_module_path" "dynamo_kvtc.adapters.vllm" -}}
 {{- $_ := set $own "kv_connector_extra_config" $file -}}
 {{- else if eq $root.Values.connector "offloading" -}}
-{{- $tier := merge (dict "type" "KvtcSecondaryTier" "module_path" "dynamo_kvtc.adapters.vllm_offloading") $file -}}
+{{- $tier := merge (dict "type" "KvtcTier" "module_path" "dynamo_kvtc.adapters.vllm_offloading" "attention_backend" $root.Values.offloading.attentionBackend "enable_kv_events" true) $file -}}
 {{- $_ := set $own "kv_connector" "OffloadingConnector" -}}
-{{- $_ := set $own "kv_connector_extra_config" (dict "spec_name" "TieringOffloadingSpec" "cpu_bytes_to_use" (mul (int64 $root.Values.offloading.poolGiB) 1073741824) "self_describing_kv_events" true "secondary_tiers" (list $tier)) -}}
+{{- $_ := set $own "kv_connector_extra_config" (dict "spec_name" "TieringOffloadingSpec" "cpu_bytes_to_use" (mul (int64 $root.Values.offloading.poolGiB) 1073741824) "block_size" (int64 $root.Values.offloading.chunkTokens) "self_describing_kv_events" true "secondary_tiers" (list $tier)) -}}
 {{- else -}}
 {{- $_ := set $own "kv_connector" "DynamoConnector" -}}
 {{- $_ := set $own "kv_connector_module_path" "dynamo_kvtc.adapters.kvbm" -}}

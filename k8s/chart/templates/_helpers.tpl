@@ -113,8 +113,8 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end -}}
 {{- $role := ternary "prefill" "worker" (eq $values.mode "disaggregated") -}}
 {{- $tiered := index $values $role -}}
-{{- if and (eq $values.connector "kvtc") (gt (int64 $tiered.gpus) 1) -}}
-{{- fail (printf "%s.gpus is %d: connector kvtc serves models that one GPU holds, for an artifact covers all KV heads; set it to 1" $role (int64 $tiered.gpus)) -}}
+{{- if gt (int64 $tiered.gpus) 1 -}}
+{{- fail (printf "%s.gpus is %d: a worker with tiers has one GPU, for an artifact covers all KV heads; set it to 1" $role (int64 $tiered.gpus)) -}}
 {{- end -}}
 {{- $shared := include "kvtc.gib" $tiered.sharedMemorySize | int64 -}}
 {{- $memory := include "kvtc.gib" $tiered.memory | int64 -}}
@@ -129,6 +129,9 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- fail (printf "%s.memory (%s) does not hold /dev/shm, the host tier and the engine's own pool (%dGi) and the engine; `dynamo-kvtc plan` computes it" $role $tiered.memory $used) -}}
 {{- end -}}
 {{- if eq $values.connector "offloading" -}}
+{{- if mod (int64 $values.offloading.chunkTokens) (int64 $values.model.blockSize) -}}
+{{- fail "offloading.chunkTokens: make it a multiple of model.blockSize" -}}
+{{- end -}}
 {{- $needed := add 8 (div (add (mul 12 (int64 $values.offloading.poolGiB)) 9) 10) -}}
 {{- if lt $shared $needed -}}
 {{- fail (printf "%s.sharedMemorySize (%s) is too small for offloading.poolGiB: vLLM needs 1.2 times the pool and 8Gi, %dGi here" $role $tiered.sharedMemorySize $needed) -}}

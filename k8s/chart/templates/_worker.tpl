@@ -216,6 +216,10 @@ podTemplate:
       - --kv-events-config
       - '{"enable_kv_cache_events":true,"endpoint":"tcp://*:{{ $values.events.port }}","publisher":"zmq","topic":"kv-events"}'
       {{- end }}
+      {{- if and $tiered (eq $values.connector "offloading") }}
+      - --attention-backend
+      - {{ $values.offloading.attentionBackend }}
+      {{- end }}
       {{- range $settings.extraArgs }}
       - {{ . | quote }}
       {{- end }}
