@@ -176,7 +176,8 @@ def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         raise ArtifactFormatError(damaged)
     try:
         tensors = load_tensors(data)
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        # Shapes that torch cannot take raise its errors, not safetensors'.
         raise ArtifactFormatError(f"{damaged} ({error})") from error
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found != expected:

@@ -34,6 +34,9 @@ _INTERLEAVED_MODELS = frozenset({"cohere", "ernie4_5", "ernie4_5_moe", "glm", "g
 #: Architectures of transformers that leave the keys of some of their layers unrotated.
 _PARTLY_ROTATED_MODELS = frozenset({"cohere2", "cohere2_moe", "exaone4", "llama4", "llama4_text", "smollm3"})
 
+#: Beyond every parameter of every model; what is larger comes from a damaged or forged file.
+_LARGEST = 1e15
+
 
 @dataclass(frozen=True)
 class RopeParameters:
@@ -181,6 +184,8 @@ class RopeParameters:
             raise RopeError(
                 f"unknown RoPE parameters {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
+        for name, value in data.items():
+            _check_type(name, value)
         try:
             return cls(**data)
         except TypeError as error:
@@ -319,6 +324,22 @@ class RopeParameters:
             half = self.rotary_dim // 2
             return keys[..., :half], keys[..., half : self.rotary_dim]
         return keys[..., 0 : self.rotary_dim : 2], keys[..., 1 : self.rotary_dim : 2]
+
+
+def _check_type(name: str, value: object) -> None:
+    """Refuse a value that was read from a file and is no word, truth value or number of a sane size."""
+    if name in ("style", "scaling"):
+        sound = isinstance(value, str)
+    elif name == "truncate":
+        sound = isinstance(value, bool)
+    elif name in ("rotary_dim", "original_max_position_embeddings"):
+        sound = type(value) is int and abs(value) <= _LARGEST
+    else:
+        optional = value is None and name in ("attention_factor", "mscale", "mscale_all_dim")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        sound = optional or (number and abs(value) <= _LARGEST)
+    if not sound:
+        raise RopeError(f"RoPE parameter {name} cannot be {str(value)[:40]!r}")
 
 
 def _first(*candidates: Any) -> Any:

@@ -180,3 +180,22 @@ def a_rotary_scaling_of_nobody() -> tuple[bytes, bytes]:
     document = manifest()
     document["model"]["rope"]["scaling"] = "whatever"
     return sealed(document, tensors())
+
+
+@attack("contradicts itself")
+def a_rotary_base_of_four_hundred_digits() -> tuple[bytes, bytes]:
+    document = manifest()
+    document["model"]["rope"]["theta"] = 10**400
+    return sealed(document, tensors())
+
+
+@attack("contradicts itself")
+def a_rotary_beta_that_is_not_a_number() -> tuple[bytes, bytes]:
+    document = manifest()
+    document["model"]["rope"]["beta_fast"] = float("nan")
+    return sealed(document, tensors())
+
+
+@attack("damaged")
+def a_tensor_longer_than_all_memory() -> tuple[bytes, bytes]:
+    return with_tensor_header(lambda header: header["0.keys.mean"].update(shape=[2**63, 0]))
