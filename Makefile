@@ -72,10 +72,16 @@ quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's mode
 	$(VENV)/bin/python -m benchmarks.quality run --quick --out quality-quick-output $(QUALITY_ARGS)
 
 # Trust
-.PHONY: fuzz
+.PHONY: fuzz soak crash
 
 fuzz: $(VENV)/.test  ## Fuzz every reader with more than ten million cases: tens of minutes
 	$(VENV)/bin/python -m benchmarks.fuzz $(FUZZ_ARGS)
+
+soak: $(VENV)/.test  ## Hundreds of sessions at once for ten minutes, and what they take and block
+	$(VENV)/bin/python -m benchmarks.soak $(SOAK_ARGS)
+
+crash: $(VENV)/.test  ## Kill workers a thousand times while they write: an hour
+	$(VENV)/bin/python -m benchmarks.crash $(CRASH_ARGS)
 
 # Dynamo
 .PHONY: simulation

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -57,8 +58,8 @@ async def _open(order: ChildOrder, agent: TransferAgent) -> Tier:
         _tell(order.pipe, f"G {_numbers[key]}")
         plain_evict(tier, key)
 
-    plain_evict = kind._evict
-    kind._evict = evict  # type: ignore[method-assign]
+    plain_evict: Callable[[DiskTier, TierKey], None] = kind._evict
+    kind._evict = evict  # type: ignore[method-assign,assignment]
     opened = SharedDiskTier if order.shared else DiskTier
     return await opened.open(agent, order.folder, order.capacity_bytes, settings=order.settings)
 

@@ -336,8 +336,8 @@ def _check_type(name: str, value: object) -> None:
         sound = type(value) is int and abs(value) <= _LARGEST
     else:
         optional = value is None and name in ("attention_factor", "mscale", "mscale_all_dim")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        sound = optional or (number and abs(value) <= _LARGEST)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        sound = optional or is_number
     if not sound:
         raise RopeError(f"RoPE parameter {name} cannot be {str(value)[:40]!r}")
 

@@ -46,8 +46,11 @@ def cut_pairs(
 
 def furthest_ends(rows: NDArray[np.uint64]) -> dict[int, int]:
     """Return, by file descriptor, the end of the furthest range in file rows."""
-    ends = rows[:, 0] + rows[:, 1]
-    return {int(fd): int(ends[rows[:, 2] == fd].max()) for fd in np.unique(rows[:, 2])}
+    # Without numpy's `unique`, whose first call imports modules for a tenth of a second, on the event loop.
+    ends: dict[int, int] = {}
+    for offset, nbytes, fd in rows.tolist():
+        ends[fd] = max(ends.get(fd, 0), offset + nbytes)
+    return ends
 
 
 def _place(span: Span) -> tuple[int, int]:
