@@ -84,7 +84,10 @@ crash: $(VENV)/.test  ## Kill workers a thousand times while they write: an hour
 	$(VENV)/bin/python -m benchmarks.crash $(CRASH_ARGS)
 
 # Dynamo
-.PHONY: simulation
+.PHONY: simulation test-engine
+
+test-engine: $(ENGINE)/.ready  ## Run the adapters' tests in a real vLLM on the CPU
+	$(ENGINE)/bin/python -m pytest tests/engines $(PYTEST_ARGS)
 
 simulation: $(ENGINE)/.ready  ## What the tier does to a cluster: Dynamo with simulated workers, ten minutes
 	PYTHONPATH=. $(ENGINE)/bin/python -m benchmarks.simulation $(SIMULATION_ARGS)

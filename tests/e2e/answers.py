@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from connectors import TIER_BLOCK
 from deployment import Answer
-
-#: Tokens of a tier block, as in our configurations.
-TIER_BLOCK = 256
 
 #: Float32 sums differ in their last bits with the number of tokens that are computed at once.
 _TOLERANCE = 2e-4

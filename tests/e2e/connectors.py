@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.local_dynamo.processes import wait_until
+
 Connector = dict[str, Any]
+
+#: Tokens of a tier block, in all configurations here.
+TIER_BLOCK = 256
+
+#: Elements per token of SmolLM2-135M: layers, keys and values, heads, channels.
+ELEMENTS_PER_TOKEN = 30 * 2 * 3 * 64
 
 
 def example(folder: Path) -> Connector:
@@ -38,12 +46,22 @@ def write_config(path: Path, tier: Path, **changes: Any) -> Path:
     config = {
         "codec": {"profile": "raw"},
         "tiers": [{"kind": "disk", "path": str(tier), "capacity": "2GiB"}],
-        # Whole tier blocks of 256 tokens, from the first request on.
-        "policy": {"recent_window": 0, "minimum_tokens": 0},
+        # Whole tier blocks, from the first request on.
+        "policy": {"tier_block_tokens": TIER_BLOCK, "recent_window": 0, "minimum_tokens": 0},
         **changes,
     }
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def wait_until_stored(tier: Path, tokens: int, *, element_bytes: int) -> None:
+    """Wait until the tier's files hold the raw KV of so many tokens: killed workers store nothing more."""
+    wanted = tokens * ELEMENTS_PER_TOKEN * element_bytes
+    wait_until(
+        lambda: sum(512 * path.stat().st_blocks for path in tier.glob("segment-*")) >= wanted,
+        f"{tokens} tokens stored in {tier}",
+        timeout_s=180,
+    )
 
 
 def kvtc(config: Path) -> Connector:
@@ -54,4 +72,25 @@ def kvtc(config: Path) -> Connector:
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"config": str(config)},
+    }
+
+
+def offloading(config: Path) -> Connector:
+    """Return vLLM's native offloading with our secondary tier.
+
+    vLLM copies to host memory on GPUs only: tests/engines/cpu_tiering.py is its spec with that copy replaced.
+    """
+    tier = {"type": "KvtcTier", "module_path": "dynamo_kvtc.adapters.vllm_offloading", "config": str(config)}
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "cpu_tiering",
+            "cpu_bytes_to_use": 256 * 1024**2,
+            "block_size": TIER_BLOCK,
+            "self_describing_kv_events": True,
+            "secondary_tiers": [tier],
+        },
     }

@@ -34,7 +34,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "UCX_TLS": "tcp,self",
     "UCX_NET_DEVICES": "lo",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'engines'}",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from answers import assert_same, whole_tier_blocks
-from connectors import kvtc, write_config
+from connectors import kvtc, wait_until_stored, write_config
 from conversations import first_turn, next_turn
 
 
@@ -22,6 +22,7 @@ def test_a_conversation_goes_on_after_its_worker_was_killed(deploy, tmp_path: Pa
     messages = next_turn(messages, first.text)
     expected = deployment.chat(messages)
 
+    wait_until_stored(tmp_path / "tier", whole_tier_blocks(first.prompt_tokens), element_bytes=4)
     worker.kill()
     worker = deployment.worker("second", kv_transfer=transfer, dtype="float32")
     answer = deployment.chat(messages)
@@ -42,6 +43,7 @@ def test_every_turn_may_be_served_by_another_worker(deploy, tmp_path: Path) -> N
         sources = worker.counters().prompt_tokens()
         assert sources.external == stored
         assert sources.computed == answer.prompt_tokens - stored
-        worker.kill()
         stored = whole_tier_blocks(answer.prompt_tokens)
+        wait_until_stored(tmp_path / "tier", stored, element_bytes=2)
+        worker.kill()
         messages = next_turn(messages, answer.text, "And what happens next?")

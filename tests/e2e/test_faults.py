@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from answers import assert_same, whole_tier_blocks
-from connectors import kvtc, write_config
+from connectors import kvtc, wait_until_stored, write_config
 from conversations import first_turn
 
 DOCUMENTS = 3
@@ -77,6 +77,13 @@ def _worker(deployment, tmp_path: Path, tier: Path, **changes):
     return deployment.worker("worker", kv_transfer=kvtc(config), dtype="float32", prefix_caching=False)
 
 
+def _asked_once(deployment, tmp_path: Path, tier: Path) -> Conversations:
+    """Start a worker and ask everything once, until the tier has it all."""
+    conversations = Conversations(deployment, _worker(deployment, tmp_path, tier, tiers=_disk(tier)))
+    wait_until_stored(tier, conversations.stored, element_bytes=4)
+    return conversations
+
+
 def _disk(tier: Path, capacity: str = "2GiB") -> list[dict[str, str]]:
     return [{"kind": "disk", "path": str(tier), "capacity": capacity, "segment_size": SEGMENT}]
 
@@ -85,7 +92,7 @@ def _disk(tier: Path, capacity: str = "2GiB") -> list[dict[str, str]]:
 def test_the_store_breaks_under_a_running_worker(deploy, tmp_path: Path, fault: str) -> None:
     tier = tmp_path / "tier"
     deployment = deploy()
-    conversations = Conversations(deployment, _worker(deployment, tmp_path, tier, tiers=_disk(tier)))
+    conversations = _asked_once(deployment, tmp_path, tier)
     assert conversations.ask_all() == conversations.stored
     conversations.ask_while(lambda: FAULTS[fault](tier))
     # What is lost is computed, and may be stored again; in the end the tier serves or misses, as it can.
@@ -115,7 +122,7 @@ def _read_only(tier: Path) -> Iterator[None]:
 def test_the_store_is_made_read_only(deploy, tmp_path: Path) -> None:
     tier = tmp_path / "tier"
     deployment = deploy()
-    conversations = Conversations(deployment, _worker(deployment, tmp_path, tier, tiers=_disk(tier)))
+    conversations = _asked_once(deployment, tmp_path, tier)
     with _read_only(tier):
         conversations.ask_while(lambda: None)
         for index in range(DOCUMENTS, DOCUMENTS + 2):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from answers import assert_same, whole_tier_blocks
-from connectors import kvtc, multi, nixl, write_config
+from connectors import Connector, kvtc, multi, nixl, offloading, wait_until_stored, write_config
 from conversations import first_turn, next_turn
 
 
-@pytest.mark.e2e_ci
-def test_a_new_prefill_process_is_served_from_what_an_earlier_one_stored(deploy, tmp_path: Path) -> None:
-    ours = kvtc(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
-    both = multi("kv_producer", nixl("kv_producer"), ours)
+@pytest.mark.parametrize(
+    "ours",
+    [pytest.param(kvtc, marks=pytest.mark.e2e_ci, id="kvtc"), pytest.param(offloading, id="offloading")],
+)
+def test_a_new_prefill_process_is_served_from_what_an_earlier_one_stored(
+    deploy, tmp_path: Path, ours: Callable[[Path], Connector]
+) -> None:
+    tier = ours(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
+    both = multi("kv_producer", nixl("kv_producer"), tier)
     deployment = deploy()
     settings = {"mode": "prefill", "kv_transfer": both, "dtype": "float32"}
     prefill = deployment.start("prefill", **settings)
@@ -26,6 +32,7 @@ def test_a_new_prefill_process_is_served_from_what_an_earlier_one_stored(deploy,
     messages = next_turn(messages, first.text)
     expected = deployment.chat(messages)
 
+    wait_until_stored(tmp_path / "tier", whole_tier_blocks(first.prompt_tokens), element_bytes=4)
     prefill.kill()
     prefill = deployment.worker("second-prefill", **settings)
     before = decode.counters().prompt_tokens()

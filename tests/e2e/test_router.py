@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from answers import whole_tier_blocks
-from connectors import kvtc, write_config
+from connectors import kvtc, wait_until_stored, write_config
 from conversations import first_turn, next_turn
 
 CONVERSATIONS = 5
@@ -31,6 +31,7 @@ def _second_turns(deploy, tmp_path: Path, *router: str) -> tuple[list[int], int]
     for index in range(CONVERSATIONS + 2):
         messages = first_turn(index)
         conversations.append(next_turn(messages, deployment.chat(messages).text))
+    wait_until_stored(tmp_path / "tier-first", CONVERSATIONS * 1024, element_bytes=2)
     workers.append(start("second"))
     deployment.frontend.wait_for_workers(2, timeout_s=120)
     chosen, served = [], 0
