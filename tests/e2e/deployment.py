@@ -22,7 +22,7 @@ MODEL_NAME = "test-model"
 
 #: Deadlines only: nothing is measured. A loaded machine takes minutes where an idle one takes one.
 START_TIMEOUT_S = float(os.environ.get("E2E_START_TIMEOUT", "420"))
-REQUEST_TIMEOUT_S = float(os.environ.get("E2E_REQUEST_TIMEOUT", "180"))
+REQUEST_TIMEOUT_S = float(os.environ.get("E2E_REQUEST_TIMEOUT", "300"))
 
 KvTransferConfig = dict[str, Any]
 
