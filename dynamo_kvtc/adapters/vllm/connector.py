@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -24,6 +25,7 @@ from vllm.v1.request import Request
 from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata
 from dynamo_kvtc.adapters.vllm.scheduler import KvtcScheduler
 from dynamo_kvtc.adapters.vllm.settings import read_settings
+from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, KvtcPromMetrics
 from dynamo_kvtc.adapters.vllm.worker import KvtcWorker
 
 __all__ = ["KvtcConnector"]
@@ -106,6 +108,11 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See `KvtcWorker.report`."""
         return self._worker_side.report()
 
+    def get_kv_connector_stats(self) -> KvtcConnectorStats | None:
+        """Return what this side has counted since the last call."""
+        side = self._worker or self._scheduler
+        return side.stats() if side is not None else None
+
     # --- scheduler ---------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(
@@ -138,9 +145,35 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See `KvtcScheduler.request_finished`; there is only one group."""
         return self._scheduler_side.request_finished(request), None
 
+    def has_pending_push_work(self) -> bool:
+        """See `KvtcScheduler.has_pending_push_work`."""
+        return self._scheduler_side.has_pending_push_work()
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """See `KvtcScheduler.take_events`."""
+        return self._scheduler_side.take_events()
+
     def reset_cache(self) -> bool | None:
         """See `KvtcScheduler.reset_cache`."""
         return self._scheduler_side.reset_cache()
+
+    # --- metrics -----------------------------------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvtcConnectorStats:
+        """Make statistics of what another process has sent."""
+        return KvtcConnectorStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KvtcPromMetrics:
+        """Register the counters ``vllm:kvtc_…``."""
+        return KvtcPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # --- helpers -----------------------------------------------------------------------------------
 

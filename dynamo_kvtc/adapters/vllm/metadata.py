@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-__all__ = ["KvtcConnectorMetadata", "KvtcWorkerMetadata", "LoadJob", "SaveJob", "TierEvent"]
+from dynamo_kvtc.pipeline.events import TierEvent
+
+__all__ = ["KvtcConnectorMetadata", "KvtcWorkerMetadata", "LoadJob", "SaveJob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +45,6 @@ class SaveJob:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class TierEvent:
-    """A tier block that a tier has stored or lost.
-
-    Attributes
-    ----------
-    sequence_hash : bytes
-        Hash of its last engine block.
-    medium : str
-        ``CPU`` or ``STORAGE``.
-    """
-
-    sequence_hash: bytes
-    medium: str
-    stored: bool
-
-
 @dataclass
 class KvtcConnectorMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """Jobs of one step.
@@ -88,14 +73,14 @@ class KvtcWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
     Attributes
     ----------
     pending : int
-        Offload calls under way.
+        Offload calls under way; counted only where KV events are on.
     failures : int
         Failed layer-wise loads since the start.
     copied : dict[str, int]
         For requests of which more was copied out since the last report: how many of their save jobs need
         their blocks no more.
     events : tuple[TierEvent, ...]
-        In the order in which they happened.
+        In the order in which they happened; complete when nothing is pending.
     """
 
     pending: int = 0

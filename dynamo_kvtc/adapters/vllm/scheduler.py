@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from dynamo_kvtc.adapters.vllm.events import EventTranslator
 from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata, LoadJob, SaveJob
 from dynamo_kvtc.adapters.vllm.settings import ConnectorSettings
+from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, StatsSource
 from dynamo_kvtc.errors import LookupServiceError
 from dynamo_kvtc.pipeline.lookup_client import LookupClient, Lookups
 from dynamo_kvtc.pipeline.lookup_service import socket_path
@@ -23,14 +27,21 @@ _log = logging.getLogger(__name__)
 
 _RESET_TIMEOUT_S = 30.0
 
+#: How long an idle engine is kept making steps for offloads of which nothing is heard.
+_EVENT_PATIENCE_S = 60.0
 
-def request_salt(request: Request) -> bytes:
-    """Return what keeps a request's tier blocks apart from those of others with the same text."""
+
+def request_salt(request: Request, model: str) -> bytes:
+    """Return what keeps a request's tier blocks apart from others with the same text and block hashes.
+
+    Parameters
+    ----------
+    model : str
+        What distinguishes models; vLLM's block hashes do not.
+    """
     lora = request.lora_request
-    if not request.cache_salt and lora is None:
-        return b""
     adapter = None if lora is None else [lora.lora_name, lora.lora_path]
-    return json.dumps([request.cache_salt or "", adapter]).encode()
+    return json.dumps([model, request.cache_salt or "", adapter]).encode()
 
 
 @dataclass(slots=True)
@@ -65,6 +76,9 @@ class KvtcScheduler:
         self._loads: list[LoadJob] = []
         self._finishing: set[str] = set()
         self._failures = 0
+        self._pending, self._pending_until = 0, 0.0
+        self._translator = EventTranslator(settings.block_size, self._tokens) if settings.events else None
+        self._stats = StatsSource()
 
     # --- loading -----------------------------------------------------------------------------------
 
@@ -87,6 +101,8 @@ class KvtcScheduler:
         found = self._lookups.get(request.request_id, hashes, salt=tracked.salt)
         if found is None:
             return None, False
+        if self._translator is not None:
+            self._translator.describe(request, range(found // self._tokens))
         new = min(found, usable * self._tokens) - num_computed_tokens
         return (new, not self._settings.layerwise) if new > 0 else (0, False)
 
@@ -145,6 +161,8 @@ class KvtcScheduler:
         tables = state.get_block_ids(req_id) if state is not None else None
         if tables is None:
             return None
+        if self._translator is not None:
+            self._translator.describe(request, range(tracked.saved, stop))
         first, last = tracked.saved * self._step, stop * self._step
         tracked.saved = stop
         tracked.save_jobs += 1
@@ -174,6 +192,10 @@ class KvtcScheduler:
         report = output.kv_connector_worker_meta
         if not isinstance(report, KvtcWorkerMetadata):
             return
+        if report.pending != self._pending or report.events:
+            self._pending, self._pending_until = report.pending, time.monotonic() + _EVENT_PATIENCE_S
+        if self._translator is not None:
+            self._translator.add(report.events)
         for req_id, jobs in report.copied.items():
             if (copied := self._tracked.get(req_id)) is not None:
                 copied.copied_jobs = jobs
@@ -194,6 +216,18 @@ class KvtcScheduler:
         self._finishing.add(request.request_id)
         return True
 
+    def has_pending_push_work(self) -> bool:
+        """Tell whether vLLM should go on making steps: events of offloads come with them."""
+        return self._pending > 0 and time.monotonic() < self._pending_until
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Return the KV events since the last call."""
+        return self._translator.take() if self._translator is not None else []
+
+    def stats(self) -> KvtcConnectorStats | None:
+        """Return what this side has counted since the last call."""
+        return self._stats.take({"failed_lookups": self._lookups.failed})
+
     def reset_cache(self) -> bool:
         """Let the tiers forget everything; returns whether they have."""
         for tracked in self._tracked.values():
@@ -212,5 +246,7 @@ class KvtcScheduler:
     def _track(self, request: Request) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = _Tracked(request, request_salt(request))
+            tracked = self._tracked[request.request_id] = _Tracked(
+                request, request_salt(request, self._settings.model)
+            )
         return tracked

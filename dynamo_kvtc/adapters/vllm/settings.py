@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class ConnectorSettings:
         Tokens per block of vLLM.
     service : str
         Name of the lookup service of this engine.
+    model : str
+        Identity of the model, as far as vLLM's settings tell; part of every key.
+    events : bool
+        Whether vLLM publishes KV events.
     """
 
     config: Config
@@ -50,6 +55,7 @@ class ConnectorSettings:
     lookup_timeout_s: float
     block_size: int
     service: str
+    model: str
     events: bool
 
 
@@ -91,6 +97,7 @@ def read_settings(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Co
         lookup_timeout_s=_duration(extra["lookup_timeout"]),
         block_size=spec.block_size,
         service=f"vllm {transfer.engine_id} {vllm_config.parallel_config.data_parallel_rank}",
+        model=_model(vllm_config),
         events=events is not None and events.enable_kv_cache_events,
     )
 
@@ -125,6 +132,11 @@ def attention_spec(kv_cache_config: KVCacheConfig) -> FullAttentionSpec:
     if spec.head_size_v != spec.head_size or spec.num_heads != spec.num_kv_heads:
         raise LayoutError("keys and values of different sizes, or packed heads, are not supported")
     return spec
+
+
+def _model(vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    return json.dumps([str(model.model), model.revision, str(model.quantization or "")])
 
 
 def _known(extra: dict[str, Any]) -> dict[str, Any]:

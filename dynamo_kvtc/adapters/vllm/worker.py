@@ -14,11 +14,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from dynamo_kvtc.adapters.vllm.layouts import ordered_layers, paged_cache
 from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata, LoadJob, SaveJob
 from dynamo_kvtc.adapters.vllm.settings import ConnectorSettings
+from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, StatsSource
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import KvtcError, OnboardError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.assemble import open_adapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.lookup_service import LookupService, socket_path
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threaded import ThreadedOffload, ThreadedOnboard, ThreadedTierAdapter
@@ -87,6 +89,10 @@ class KvtcWorker:
         self._saves: defaultdict[str, _Saves] = defaultdict(_Saves)
         self._finishing: set[str] = set()
         self._failures_reported = 0
+        self._events: EventLog | None = None
+        self._pending: list[ThreadedOffload] = []
+        self._pending_reported = 0
+        self._stats = StatsSource()
 
     # --- start and end -----------------------------------------------------------------------------
 
@@ -109,7 +115,12 @@ class KvtcWorker:
             await service.start()
             return service
 
+        async def watch(tiers: TierAdapter) -> EventLog:
+            return tiers.watch()
+
         self._service = adapter.run(serve)
+        if self._settings.events:
+            self._events = adapter.run(watch)
         _log.info("tiers are open for a cache of %s in blocks of %d tokens", cache.geometry, cache.block_size)
 
     def shutdown(self) -> None:
@@ -205,6 +216,8 @@ class KvtcWorker:
             self._saves[job.req_id].copied += 1
             return
         self._saves[job.req_id].tickets.append(ticket)
+        if self._events is not None:
+            self._pending.append(ticket)
 
     def handle_preemptions(self, metadata: KvtcConnectorMetadata) -> None:
         """Make sure that nothing is read any more from blocks that are about to be overwritten."""
@@ -261,10 +274,21 @@ class KvtcWorker:
             saves.settle()
             if saves.copied > saves.reported:
                 copied[req_id] = saves.reported = saves.copied
-        if not copied and self._failures == self._failures_reported:
+        # Counted before the events are taken: when nothing is pending, no event is missing.
+        self._pending = [ticket for ticket in self._pending if not ticket.is_finished()]
+        pending = len(self._pending)
+        events = tuple(self._events.take()) if self._events is not None else ()
+        before = (self._pending_reported, self._failures_reported)
+        if not copied and not events and before == (pending, self._failures):
             return None
-        self._failures_reported = self._failures
-        return KvtcWorkerMetadata(0, self._failures, copied)
+        self._pending_reported, self._failures_reported = pending, self._failures
+        return KvtcWorkerMetadata(pending, self._failures, copied, events)
+
+    def stats(self) -> KvtcConnectorStats | None:
+        """Return what the tiers' counters have grown by since the last call."""
+        if self._adapter is None:
+            return None
+        return self._stats.take(StatsSource.flatten(self._adapter.counters.snapshot()))
 
     def _opened(self) -> tuple[ThreadedTierAdapter, PagedKvCache]:
         assert self._adapter is not None and self._cache is not None, "vLLM registers its caches first"
