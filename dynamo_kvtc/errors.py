@@ -36,6 +36,7 @@ __all__ = [
     "ReservedBitsError",
     "RopeError",
     "SizeLimitError",
+    "StoreUnavailableError",
     "StreamMismatchError",
     "TierClosedError",
     "TierError",
@@ -168,6 +169,10 @@ class TransferError(KvtcError):
 
 class TransferTimeoutError(TransferError):
     """A transfer did not finish before its deadline; its buffers stay parked until it has drained."""
+
+
+class StoreUnavailableError(TransferError):
+    """A remote store failed several times in a row; its tier leaves it alone for a while."""
 
 
 class TierError(KvtcError):

@@ -1,72 +1,17 @@
-"""Running blocking work for the event loop."""
+"""Threads that compute, and running work in them."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from dynamo_kvtc.tiers.threads import run_all, run_to_end
+
 __all__ = ["run_all", "run_to_end", "single_threaded_pool"]
 
-T = TypeVar("T")
-
 _START_TIMEOUT_S = 30.0
-
-
-async def run_to_end(executor: Executor, work: Callable[[], T]) -> T:
-    """Run `work` on the executor; a cancelled caller still waits until it is over.
-
-    A thread cannot be stopped, and what it reads and writes (staging memory, cache blocks) must not be
-    given to anybody else before it has finished. The cancellation is then passed on.
-    """
-    return (await run_all(executor, [work]))[0]
-
-
-async def run_all(
-    executor: Executor, works: Sequence[Callable[[], T]], on_result: Callable[[int], None] = lambda _: None
-) -> list[T]:
-    """Run several pieces of work side by side, all to their end as `run_to_end` does.
-
-    Parameters
-    ----------
-    on_result : Callable[[int], None]
-        Called on the event loop with each index in order, as soon as that piece and all before it are
-        done; not after a failure or a cancellation.
-
-    Raises
-    ------
-    BaseException
-        The first failure in the order of `works`, when all are over.
-    """
-    loop = asyncio.get_running_loop()
-    futures = [loop.run_in_executor(executor, work) for work in works]
-    stopped: BaseException | None = None
-    results = []
-    for index, future in enumerate(futures):
-        stopped = await _wait_out(future) or stopped
-        failure = None if future.cancelled() else future.exception()
-        stopped = stopped or failure
-        if stopped is None:
-            results.append(future.result())
-            on_result(index)
-    if stopped is not None:
-        raise stopped
-    return results
-
-
-async def _wait_out(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for a future whatever happens; return the cancellation that came meanwhile."""
-    cancelled = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return cancelled
 
 
 def single_threaded_pool(workers: int, name: str) -> ThreadPoolExecutor:

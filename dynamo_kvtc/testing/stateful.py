@@ -37,7 +37,12 @@ _SIZES = st.one_of(st.integers(1, 70_000), st.sampled_from([1, 64, 4096, 8192, 6
 
 
 def check_tier_against_model(
-    open_tier: OpenTier, *, persistent: bool, profile: settings | None = None
+    open_tier: OpenTier,
+    *,
+    persistent: bool,
+    keeps_order: bool = True,
+    stored_size: Callable[[int], int] = int,
+    profile: settings | None = None,
 ) -> None:
     """Drive a tier with random calls: put, get, prefixes, pin, unpin, evict, clear, reopen.
 
@@ -48,7 +53,11 @@ def check_tier_against_model(
     Parameters
     ----------
     persistent : bool
-        Whether objects outlive `Tier.close` and come back in the order in which they were put.
+        Whether objects outlive `Tier.close`.
+    keeps_order : bool
+        Whether a persistent tier's objects come back in the order in which they were put.
+    stored_size : Callable[[int], int]
+        What ``TierStats.stored_bytes`` counts for an object of so many bytes.
     profile : hypothesis.settings, optional
         How long to search.
     """
@@ -58,7 +67,9 @@ def check_tier_against_model(
         staging = loop.run_until_complete(StagingPool.create(agent, 1 << 20))
         run_state_machine_as_test(
             # Hypothesis takes any factory; its annotation names classes only.
-            lambda: _TierMachine(loop, agent, staging, open_tier, persistent),  # type: ignore[arg-type]
+            lambda: _TierMachine(  # type: ignore[arg-type]
+                loop, agent, staging, open_tier, persistent, keeps_order, stored_size
+            ),
             settings=profile
             or settings(
                 max_examples=25,
@@ -82,8 +93,11 @@ class _TierMachine(RuleBasedStateMachine):
         staging: StagingPool,
         open_tier: OpenTier,
         persistent: bool,
+        keeps_order: bool,
+        stored_size: Callable[[int], int],
     ) -> None:
         super().__init__()
+        self._keeps_order, self._stored_size = keeps_order, stored_size
         self._loop, self._agent, self._staging = loop, agent, staging
         self._open_tier, self._persistent = open_tier, persistent
         self._folder = tempfile.TemporaryDirectory()
@@ -193,12 +207,15 @@ class _TierMachine(RuleBasedStateMachine):
         kept = sorted(self._model, key=lambda number: last_written[number]) if self._persistent else []
         self._model = {number: self._model[number] for number in kept}
         self._open()
+        if not self._keeps_order:
+            for number in kept:
+                assert self._run(self._driver.prefix(number)) == 1
 
     @invariant()
     def books_balance(self) -> None:
         stats = self._tier.stats()
         assert stats.objects == len(self._model)
-        assert stats.stored_bytes == sum(self._model.values())
+        assert stats.stored_bytes == sum(map(self._stored_size, self._model.values()))
         assert stats.pinned_objects == len(self._pins)
         assert stats.stored_bytes <= stats.allocated_bytes <= stats.capacity_bytes
         for number, size in self._model.items():

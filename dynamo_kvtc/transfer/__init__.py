@@ -7,6 +7,7 @@ the staging pool. Does not own: what the bytes mean, where objects lie in an are
 from dynamo_kvtc.transfer.agent import AgentStats, TransferAgent
 from dynamo_kvtc.transfer.files import FileRegion, FileSpan
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
+from dynamo_kvtc.transfer.objects import ObjectAgent
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.staging import StagingPool
 
@@ -17,6 +18,7 @@ __all__ = [
     "FileSpan",
     "MemoryRegion",
     "MemorySpan",
+    "ObjectAgent",
     "StagingPool",
     "TransferAgent",
 ]

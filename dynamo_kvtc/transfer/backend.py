@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +22,23 @@ from numpy.typing import NDArray
 
 from dynamo_kvtc.errors import MissingDependencyError, TransferError
 
-__all__ = ["DRAM", "FILE", "MEMORY_BACKENDS", "POSIX", "UCX", "NixlHandle", "create_nixl_agent", "load_nixl"]
+__all__ = [
+    "DRAM",
+    "FILE",
+    "MEMORY_BACKENDS",
+    "OBJ",
+    "POSIX",
+    "UCX",
+    "NixlHandle",
+    "create_nixl_agent",
+    "create_object_agent",
+    "load_nixl",
+]
 
 DRAM, FILE = "DRAM", "FILE"
-UCX, POSIX = "UCX", "POSIX"
+UCX, POSIX, OBJ = "UCX", "POSIX", "OBJ"
 
-#: Backends that memory is registered with.
+#: Backends that memory is registered with, in an agent that has them.
 MEMORY_BACKENDS = [UCX, POSIX]
 
 #: A NIXL agent or handle; the bindings carry no types.
@@ -117,16 +129,44 @@ def _io_uring_survives_errors() -> bool:
         return True  # a build of one's own: the trial at start decides
 
 
-def _create(name: str, posix_options: dict[str, str]) -> NixlHandle:
-    """Create an agent whose POSIX backend has moved a few bytes; NIXL's errors have no common base."""
+def create_object_agent(name: str, options: Mapping[str, str]) -> NixlHandle:
+    """Create a NIXL agent with the OBJ backend alone; it sends nothing yet.
+
+    Raises
+    ------
+    TransferError
+        If NIXL has no such plugin here, or it does not start.
+    """
+    try:
+        agent = _empty_agent(name)
+        if OBJ not in agent.get_plugin_list():
+            raise TransferError(
+                "this NIXL has no OBJ plugin: install nixl-cu12, or point NIXL_PLUGIN_DIR to its plugins"
+            )
+        agent.create_backend(OBJ, dict(options))
+    except TransferError:
+        raise
+    except Exception as error:
+        # Not the error itself: it may quote the options, and these hold credentials.
+        raise TransferError(f"NIXL's OBJ backend does not start: {type(error).__name__}") from None
+    return agent
+
+
+def _empty_agent(name: str) -> NixlHandle:
     nixl = load_nixl()
     config = nixl.nixl_agent_config(
         enable_prog_thread=False,
         backends=[],
         sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
     )
+    return nixl.nixl_agent(f"{name}-{os.getpid()}-{next(_serial)}", config)
+
+
+def _create(name: str, posix_options: dict[str, str]) -> NixlHandle:
+    """Create an agent whose POSIX backend has moved a few bytes; NIXL's errors have no common base."""
+    load_nixl()
     try:
-        agent = nixl.nixl_agent(f"{name}-{os.getpid()}-{next(_serial)}", config)
+        agent = _empty_agent(name)
         agent.create_backend(POSIX, posix_options)
         _probe_files(agent)
     except Exception as error:

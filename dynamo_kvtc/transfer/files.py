@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_kvtc.transfer.backend import FILE, POSIX
+
 __all__ = ["FileRegion", "FileSpan"]
 
 
@@ -32,6 +34,21 @@ class FileRegion:
     name: str
     owns_fd: bool
     registration: Any
+
+    @property
+    def kind(self) -> str:
+        """What NIXL takes the region for."""
+        return FILE
+
+    @property
+    def backend(self) -> str:
+        """The NIXL backend that moves its bytes."""
+        return POSIX
+
+    @property
+    def registered_name(self) -> str:
+        """What NIXL is told about the region besides its descriptor."""
+        return ""
 
     def span(self, offset: int, nbytes: int) -> FileSpan:
         """Return the span ``[offset, offset + nbytes)``."""

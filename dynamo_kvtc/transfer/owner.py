@@ -20,7 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamo_kvtc.errors import TransferError
-from dynamo_kvtc.transfer.backend import DRAM, NixlHandle, create_nixl_agent
+from dynamo_kvtc.transfer.backend import (
+    DRAM,
+    MEMORY_BACKENDS,
+    OBJ,
+    NixlHandle,
+    create_nixl_agent,
+    create_object_agent,
+)
 from dynamo_kvtc.transfer.settings import AgentSettings
 
 __all__ = ["OwnerThread", "Transfer"]
@@ -109,7 +116,16 @@ class OwnerThread:
         return self.call(self._create)
 
     def _create(self) -> None:
-        self._agent, self.file_mode = create_nixl_agent(self._settings.name, io_uring=self._settings.io_uring)
+        settings = self._settings
+        if settings.object_store is not None:
+            self._agent = create_object_agent(settings.name, settings.object_store)
+        else:
+            self._agent, self.file_mode = create_nixl_agent(settings.name, io_uring=settings.io_uring)
+
+    @property
+    def memory_backends(self) -> list[str]:
+        """Backends that memory is registered with."""
+        return MEMORY_BACKENDS if self._settings.object_store is None else [OBJ]
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` in the owner thread."""

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from dynamo_kvtc.errors import KvtcError, TransferError
-from dynamo_kvtc.transfer.backend import DRAM, FILE, MEMORY_BACKENDS, POSIX
+from dynamo_kvtc.transfer.backend import DRAM
 from dynamo_kvtc.transfer.files import FileRegion
 from dynamo_kvtc.transfer.memory import MemoryRegion
 from dynamo_kvtc.transfer.owner import OwnerThread
@@ -30,9 +30,10 @@ async def register(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Non
         If NIXL refuses or does not answer.
     """
     if isinstance(region, MemoryRegion):
-        rows, kind, backends = [(region.address, region.nbytes, 0, "")], DRAM, MEMORY_BACKENDS
+        rows, kind, backends = [(region.address, region.nbytes, 0, "")], DRAM, owner.memory_backends
     else:
-        rows, kind, backends = [(0, region.nbytes, region.fd, "")], FILE, [POSIX]
+        rows = [(0, region.nbytes, region.fd, region.registered_name)]
+        kind, backends = region.kind, [region.backend]
     region.registration = await answer(
         owner.call(lambda: owner.register(rows, kind, backends)), "registering a region"
     )
@@ -45,7 +46,8 @@ def release(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[Non
 
     def work() -> None:
         try:
-            owner.deregister(registration, MEMORY_BACKENDS if isinstance(region, MemoryRegion) else [POSIX])
+            backends = owner.memory_backends if isinstance(region, MemoryRegion) else [region.backend]
+            owner.deregister(registration, backends)
         finally:
             if isinstance(region, FileRegion) and region.owns_fd:
                 os.close(region.fd)

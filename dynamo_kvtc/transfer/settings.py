@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["AgentSettings"]
 
@@ -28,6 +29,8 @@ class AgentSettings:
         How long an abandoned transfer may go on before NIXL's agent is taken for broken and replaced.
     close_timeout_s : float
         How long `TransferAgent.close` waits for transfers in flight.
+    object_store : Mapping[str, str], optional
+        Parameters of NIXL's OBJ backend; the agent then has this backend alone, see `ObjectAgent`.
     """
 
     name: str = "kvtc"
@@ -37,6 +40,7 @@ class AgentSettings:
     max_transfers: int = 256
     drain_limit_s: float = 30.0
     close_timeout_s: float = 5.0
+    object_store: Mapping[str, str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_descriptors <= 65_536:

