@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dynamo_kvtc.config.models import Config, DiskTierConfig, HostTierConfig
+from dynamo_kvtc.config.models import Config, DiskTierConfig, HostTierConfig, ObjectTierConfig
 from dynamo_kvtc.errors import ConfigError
 
 __all__ = ["ENV_PREFIX", "Problem", "check_config", "load_config"]
@@ -24,7 +24,11 @@ ENV_PREFIX = "DYNAMO_KVTC__"
 #: Largest file that is read, in bytes.
 MAX_FILE_BYTES = 1024**2
 
-_TIER_MODELS: dict[object, type[BaseModel]] = {"host": HostTierConfig, "disk": DiskTierConfig}
+_TIER_MODELS: dict[object, type[BaseModel]] = {
+    "host": HostTierConfig,
+    "disk": DiskTierConfig,
+    "object": ObjectTierConfig,
+}
 
 _UNKNOWN_KIND = f"needs a kind; known kinds: {', '.join(map(str, _TIER_MODELS))}"
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from dynamo_kvtc.config.sections import (
+    ConfigPath,
+    Divergence,
+    Ratio,
+    Section,
+    check_one_plan,
+    null_is_empty,
+)
+from dynamo_kvtc.config.tier_models import (
+    DiskTierConfig,
+    HostTierConfig,
+    ObjectTierConfig,
+    TierCodecConfig,
+    TierConfig,
+    check_tiers,
+)
 from dynamo_kvtc.config.units import Duration, Size
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "Config",
     "DiskTierConfig",
     "HostTierConfig",
+    "ObjectTierConfig",
     "ObservabilityConfig",
     "PipelineConfig",
     "PolicyConfig",
@@ -35,49 +41,22 @@ __all__ = [
 ]
 
 
-def _resolve(value: object, info: ValidationInfo) -> object:
-    """Make a path absolute: ``~`` is the home folder, relative paths start at the file's folder."""
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"{value!r} is not a path")
-    path = Path(value).expanduser()
-    folder = (info.context or {}).get("folder")
-    return Path(folder, path) if folder is not None else path
-
-
-#: A path; relative ones are resolved against the folder of the configuration file.
-ConfigPath = Annotated[Path, BeforeValidator(_resolve), WithJsonSchema({"type": "string", "minLength": 1})]
-
-
-class _Section(BaseModel):
-    """A mapping with known keys only. No value is coerced from another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-
-_Ratio = Annotated[float, Field(ge=1, le=4096)]
-_Divergence = Annotated[float, Field(gt=0, le=100)]
-
 #: Ratio that is encoded with if nothing is said, by profile.
 _DEFAULT_RATIOS = {"rd": 20.0, "kvtc": 16.0}
 
 
-def _check_one_plan(ratio: float | None, max_kl: float | None) -> None:
-    if ratio is not None and max_kl is not None:
-        raise ValueError("ratio and max_kl both choose the plan; give one of them")
-
-
-class CodecConfig(_Section):
+class CodecConfig(Section):
     """How blocks are encoded at the boundary from G1 to the first tier."""
 
     profile: Literal["rd", "kvtc", "raw"] = "rd"
     """rd and kvtc compress with an artifact of theirs, kvtc by the published method; raw stores the cache's
     exact bytes."""
 
-    ratio: _Ratio | None = None
+    ratio: Ratio | None = None
     """Ratio to encode with: of real streams with rd, before entropy coding with kvtc. The artifact must have
     a plan for it. If neither it nor max_kl is given, 20 with rd and 16 with kvtc. Unused by raw."""
 
-    max_kl: _Divergence | None = None
+    max_kl: Divergence | None = None
     """Instead of ratio, with rd: the artifact's plan with the highest ratio whose next-token KL (nats) was at
     most this in calibration."""
 
@@ -92,7 +71,7 @@ class CodecConfig(_Section):
 
     @model_validator(mode="after")
     def _one_plan(self) -> CodecConfig:
-        _check_one_plan(self.ratio, self.max_kl)
+        check_one_plan(self.ratio, self.max_kl)
         return self
 
     @property
@@ -103,79 +82,7 @@ class CodecConfig(_Section):
         return _DEFAULT_RATIOS.get(self.profile)
 
 
-class TierCodecConfig(_Section):
-    """With which plan blocks are encoded on their way into a tier, where that differs from `codec`."""
-
-    ratio: _Ratio | None = None
-    """As codec.ratio."""
-
-    max_kl: _Divergence | None = None
-    """As codec.max_kl."""
-
-    @model_validator(mode="after")
-    def _one_plan(self) -> TierCodecConfig:
-        _check_one_plan(self.ratio, self.max_kl)
-        return self
-
-    @property
-    def is_set(self) -> bool:
-        """Whether anything is set."""
-        return self.ratio is not None or self.max_kl is not None
-
-
-def _null_is_empty(value: object) -> object:
-    # A section whose lines are all commented out reads as null.
-    return {} if value is None else value
-
-
-_TierCodec = Annotated[TierCodecConfig, BeforeValidator(_null_is_empty)]
-
-
-class HostTierConfig(_Section):
-    """Host memory (G2): fast, and gone when the process ends."""
-
-    kind: Literal["host"]
-    """Chooses this kind of tier."""
-
-    capacity: Annotated[Size, Field(gt=0)]
-    """Bytes of memory for stored objects, headers included; pages are taken as they are first written."""
-
-    codec: _TierCodec = TierCodecConfig()
-    """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
-
-
-class DiskTierConfig(_Section):
-    """A folder on a local disk (G3); survives restarts."""
-
-    kind: Literal["disk"]
-    """Chooses this kind of tier."""
-
-    path: ConfigPath
-    """Folder of the tier's segment files; made if it is missing."""
-
-    capacity: Annotated[Size, Field(gt=0)]
-    """Bytes that the folder may take; the least recently used objects go first."""
-
-    segment_size: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
-    """Bytes of one segment file; larger ones are used where the capacity would need more than 256."""
-
-    shared: bool = False
-    """Whether several workers of one machine use the folder, each reading what all of them wrote. Capacity is
-    then that of each worker's own objects. All of them must say so; a second process is refused without
-    it."""
-
-    durability: Literal["none", "fsync"] = "none"
-    """none: objects survive the process; after a power cut recent ones may be missing, or damaged and
-    found out by their checksums. fsync: what was stored survives a power cut."""
-
-    codec: _TierCodec = TierCodecConfig()
-    """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
-
-
-TierConfig = Annotated[HostTierConfig | DiskTierConfig, Field(discriminator="kind")]
-
-
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """Which tokens are offloaded."""
 
     tier_block_tokens: Annotated[int, Field(ge=1, le=65536)] = 256
@@ -200,7 +107,7 @@ class PolicyConfig(_Section):
         return self
 
 
-class TransferConfig(_Section):
+class TransferConfig(Section):
     """NIXL transfers."""
 
     timeout: Annotated[Duration, Field(gt=0)] = 30.0
@@ -218,7 +125,7 @@ class TransferConfig(_Section):
     AIO otherwise."""
 
 
-class PipelineConfig(_Section):
+class PipelineConfig(Section):
     """Offload and onboard."""
 
     offload_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
@@ -238,7 +145,7 @@ class PipelineConfig(_Section):
     """Reads of one onboard that may be in flight or wait for decoding; bounds its staging memory."""
 
 
-class ObservabilityConfig(_Section):
+class ObservabilityConfig(Section):
     """What the process says about itself."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -253,7 +160,7 @@ class ObservabilityConfig(_Section):
     machine, as a scraper outside of a pod needs it."""
 
 
-class SecurityConfig(_Section):
+class SecurityConfig(Section):
     """Who may share what."""
 
     salt: Annotated[str, Field(repr=False, max_length=1024)] = ""
@@ -261,27 +168,7 @@ class SecurityConfig(_Section):
     by the environment than in a file."""
 
 
-def _check_tiers(tiers: list[TierConfig]) -> list[TierConfig]:
-    """Refuse orders and places that contradict each other."""
-    kinds = [tier.kind for tier in tiers]
-    if kinds.count("host") > 1:
-        raise ValueError("there can be one host tier; give it the sum of the capacities")
-    if "host" in kinds[1:]:
-        raise ValueError("tiers are listed from fast to slow: the host tier comes first")
-    if any(tier.codec.is_set for tier in tiers[1:]):
-        raise ValueError(
-            "blocks are encoded once, on their way into the first tier, and tiers below take its bytes: put "
-            "codec into the first tier's entry"
-        )
-    places = [tier.path.resolve() for tier in tiers if isinstance(tier, DiskTierConfig)]
-    for index, place in enumerate(places):
-        for other in places[:index]:
-            if place == other or place in other.parents or other in place.parents:
-                raise ValueError(f"two disk tiers cannot share a folder: {other} and {place}")
-    return tiers
-
-
-class Config(_Section):
+class Config(Section):
     """The configuration of dynamo_kvtc."""
 
     artifact: ConfigPath | None = None
@@ -290,7 +177,7 @@ class Config(_Section):
     codec: CodecConfig = CodecConfig()
     """How blocks are encoded."""
 
-    tiers: Annotated[list[TierConfig], Field(min_length=1, max_length=8), AfterValidator(_check_tiers)]
+    tiers: Annotated[list[TierConfig], Field(min_length=1, max_length=8), AfterValidator(check_tiers)]
     """Where encoded blocks live, from fast to slow."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -311,7 +198,7 @@ class Config(_Section):
     @field_validator("codec", "policy", "transfer", "pipeline", "observability", "security", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
-        return _null_is_empty(value)
+        return null_is_empty(value)
 
     @model_validator(mode="after")
     def _artifact_given(self) -> Config:
@@ -343,7 +230,7 @@ class Config(_Section):
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of the configuration file."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-    for model in _Section.__subclasses__():
+    for model in Section.__subclasses__():
         # Defaults as a person would write them: 256MiB, 30s.
         properties = (schema if model is Config else schema["$defs"][model.__name__])["properties"]
         for name, default in model.model_construct().model_dump(mode="json").items():

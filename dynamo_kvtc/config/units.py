@@ -123,7 +123,7 @@ def format_duration(seconds: float) -> str:
     return f"{round(exact / _DURATION_UNITS['us'])}us"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable, for unions with None
 class _JsonSchema:
     """The JSON schema of a field type. pydantic's own `WithJsonSchema` shares one dict among all fields."""
 

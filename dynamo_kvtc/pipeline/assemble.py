@@ -15,7 +15,7 @@ from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
-from dynamo_kvtc.config import Config, HostTierConfig, TierConfig
+from dynamo_kvtc.config import Config, HostTierConfig, ObjectTierConfig, TierConfig
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
@@ -25,6 +25,8 @@ from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.host import HostTier
+from dynamo_kvtc.tiers.object import ObjectSettings, ObjectTier
+from dynamo_kvtc.tiers.object_client import BucketPlace
 from dynamo_kvtc.tiers.shared import SharedDiskTier
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
@@ -159,6 +161,22 @@ def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) ->
 async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:
     if isinstance(config, HostTierConfig):
         return await HostTier.open(agent, config.capacity, name=name)
+    if isinstance(config, ObjectTierConfig):
+        return await _object_tier(config, name)
     settings = DiskSettings(segment_bytes=config.segment_size, durability=config.durability)
     kind = SharedDiskTier if config.shared else DiskTier
     return await kind.open(agent, config.path, config.capacity, settings=settings, name=name)
+
+
+async def _object_tier(config: ObjectTierConfig, name: str) -> Tier:
+    place = BucketPlace(
+        config.bucket, config.prefix, config.endpoint, config.region, virtual_hosted=config.virtual_hosted
+    )
+    settings = ObjectSettings(
+        timeout_s=config.request_timeout,
+        lookup_wait_s=config.lookup_wait,
+        miss_ttl_s=config.miss_ttl,
+        max_requests=config.max_requests,
+        transport=config.transport,
+    )
+    return await ObjectTier.open(place, config.capacity, settings=settings, name=name)

@@ -228,7 +228,7 @@ class ObjectTier(IndexedTier):
         self._index.add(key, Location(0, 0, nbytes))
         if self._shared and len(self._index) > self._settings.most_known:
             for oldest in self._index.oldest_first():
-                if not self._is_protected(oldest):
+                if self._may_evict(oldest):
                     self._index.remove(oldest)
                     break
 
