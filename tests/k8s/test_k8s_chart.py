@@ -266,8 +266,12 @@ def test_our_own_endpoint_is_opened_and_scraped(tmp_path: Path) -> None:
     assert only("PodMonitor", values)["spec"]["podMetricsEndpoints"][0]["port"] == "kvtc"
     policies = [entry for entry in resources(values) if entry["kind"] == "NetworkPolicy"]
     assert {"port": 9999, "protocol": "TCP"} in policies[0]["spec"]["ingress"][1]["ports"]
-    other = only("PodMonitor", {"monitoring": {"podMonitor": {"enabled": True}}})
-    assert other["spec"]["podMetricsEndpoints"][0]["port"] == "system"
+    for other in ({"monitoring": {"endpoint": "system"}}, {"connector": "offloading"}):
+        changes = {**SETS["offloading"], **other} if "connector" in other else other
+        changes = changed(changes, "monitoring.podMonitor.enabled", True)
+        assert only("PodMonitor", changes)["spec"]["podMetricsEndpoints"][0]["port"] == "system"
+        config, _ = check_config(config_file(changes, tmp_path), {})
+        assert config is not None and config.observability.metrics_port is None
 
 
 def test_every_dashboard_gets_a_config_map_as_it_is() -> None:

@@ -21,7 +21,7 @@
 {{- if include "kvtc.needsArtifact" . -}}
 {{- $_ := set $config "artifact" "/run/dynamo-kvtc/artifact" -}}
 {{- end -}}
-{{- if eq .Values.monitoring.endpoint "own" -}}
+{{- if include "kvtc.ownEndpoint" . -}}
 {{- $_ := set $config "observability" (dict "metrics_port" (int64 .Values.monitoring.port) "metrics_address" "0.0.0.0") -}}
 {{- end -}}
 {{- $_ := mergeOverwrite $config (deepCopy .Values.config) -}}

@@ -64,6 +64,11 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- include "kvtc.calibrationInputs" . | sha256sum | trunc 12 -}}
 {{- end -}}
 
+{{/* Whether workers open an endpoint of their own; vLLM's offloading publishes its tiers' metrics itself. */}}
+{{- define "kvtc.ownEndpoint" -}}
+{{- if and (eq .Values.monitoring.endpoint "own") (ne .Values.connector "offloading") -}}true{{- end -}}
+{{- end -}}
+
 {{/* A size such as 64GiB or 64Gi as a number of GiB. */}}
 {{- define "kvtc.gib" -}}
 {{- . | trimSuffix "GiB" | trimSuffix "Gi" | int64 -}}

@@ -259,7 +259,7 @@ podTemplate:
       {{- with include "kvtc.envFrom" $root }}
       {{- . | nindent 6 }}
       {{- end }}
-      {{- $own := eq $values.monitoring.endpoint "own" }}
+      {{- $own := include "kvtc.ownEndpoint" $root }}
       {{- if and $tiered (or $own (eq $values.connector "kvbm")) }}
       ports:
       {{- if $own }}
