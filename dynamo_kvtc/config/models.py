@@ -97,6 +97,17 @@ class PolicyConfig(Section):
     minimum_tokens: Annotated[int, Field(ge=0)] = 512
     """Sequences shorter than this are not offloaded."""
 
+    decide: Literal["measured", "always"] = "measured"
+    """measured: where measured speeds say that onboarding a prefix takes longer than recomputing it, it is
+    neither promised nor stored. always: whatever is found is promised."""
+
+    prefill_tokens_per_s: Annotated[float | None, Field(gt=0, le=1e9)] = None
+    """Prefill speed of the engine, until the host tells a measured one; while neither is known, nothing is
+    decided by cost."""
+
+    hysteresis: Annotated[float, Field(ge=0, le=10)] = 0.2
+    """By which share onboarding must be faster than recomputing to be promised again after a refusal."""
+
     @model_validator(mode="after")
     def _sinks_fit(self) -> PolicyConfig:
         if self.sink_tokens > self.tier_block_tokens:

@@ -11,6 +11,7 @@ from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.observability import Counters, Outcome, error_type, miss_reason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.timeline import Timeline
+from dynamo_kvtc.policy import Speeds
 
 __all__ = ["EndedOnboard"]
 
@@ -53,8 +54,8 @@ class EndedOnboard:
             return "complete"
         return "partial" if self.headers else "failed"
 
-    def count(self, counters: Counters, token_bytes: int) -> None:
-        """Add it to the counters and write its line into the log.
+    def count(self, counters: Counters, speeds: Speeds, token_bytes: int) -> None:
+        """Add it to the counters and the measured speeds, and write its line into the log.
 
         Parameters
         ----------
@@ -69,13 +70,19 @@ class EndedOnboard:
             counters.missed(miss_reason(self.cause), len(self.refs) - blocks)
             counters.failed(self.cause)
         seconds = time.perf_counter() - self.timeline.origin
+        transfer_s = self.timeline.busy_s("transfer")
+        decode_s = self.timeline.busy_s("open", "project")
         counters.onboard_ended(
             self.outcome,
             seconds=seconds,
             first_layer_s=min(self.timeline.layer_ready.values(), default=None),
-            transfer_s=self.timeline.busy_s("transfer"),
-            decode_s=self.timeline.busy_s("open", "project"),
+            transfer_s=transfer_s,
+            decode_s=decode_s,
         )
+        if speeds.prefill:
+            counters.recompute_avoided(tokens / speeds.prefill)
+        if self.outcome == "complete":
+            speeds.onboarded(tokens, wall_s=seconds, transfer_s=transfer_s, decode_s=decode_s)
         if _log.isEnabledFor(logging.DEBUG):
             fields = {
                 "outcome": self.outcome,

@@ -22,7 +22,7 @@ from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import single_threaded_pool
-from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.policy import CostPolicy, OffloadPolicy, Piece, PrefixDecision, Speeds
 from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey, TierStats
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
@@ -45,6 +45,8 @@ class AdapterStatus:
     promotions: int = 0
     failed_puts: int = 0
     artifact: Mapping[str, Any] = field(default_factory=dict)
+    speeds: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +80,10 @@ class TierAdapter:
         Threads that decode while onboarding, each on one core.
     store_timeout_s : float
         Deadline for storing one tier block.
+    costs : CostPolicy, optional
+        Decides by cost what is promised and what is stored; by default with nothing but what is measured.
+    encoder : str
+        Name of what `codec` encodes with, for measurements and metrics.
     """
 
     def __init__(
@@ -96,10 +102,15 @@ class TierAdapter:
         offload_batch: int = 4,
         decode_threads: int = 2,
         store_timeout_s: float = 30.0,
+        costs: CostPolicy | None = None,
+        encoder: str = "default",
     ) -> None:
         policy.check_block_size(block_size)
         self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
         self.counters = Counters()
+        self.costs = costs or CostPolicy(Speeds())
+        self._encoder = encoder
+        tiers.on_read = self.costs.speeds.read
         self._agent, self._staging = agent, staging
         self._artifact_id, self._salt = artifact_id, salt
         self._store_timeout_s = store_timeout_s
@@ -116,9 +127,11 @@ class TierAdapter:
             queue_limit=queue_limit,
             batch=offload_batch,
             timeout_s=store_timeout_s,
+            speeds=self.costs.speeds,
+            encoder=encoder,
         )
         self._onboarder = Onboarder(
-            codec, tiers, staging, policy, self.counters, self._onboard_threads, onboard
+            codec, tiers, staging, policy, self.counters, self._onboard_threads, onboard, self.costs.speeds
         )
         self._onboards: set[OnboardHandle] = set()
         self._closing: list[Callable[[], Awaitable[None]]] = []
@@ -147,7 +160,7 @@ class TierAdapter:
         return tier_keys(hashes, self.namespace(salt), self.block_size, self.policy.tier_block_tokens)
 
     async def lookup(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> int:
-        """Return how many leading tokens of a sequence the tiers hold.
+        """Return how many leading tokens of a sequence the tiers hold and are worth onboarding.
 
         Parameters
         ----------
@@ -161,12 +174,21 @@ class TierAdapter:
         """
         self._check_open()
         keys = self.keys(hashes, salt=salt)
-        found = await self.tiers.contains_prefix(keys)
+        tiers = await self.tiers.lookup_prefix(keys)
+        found, step = len(tiers), self.policy.tier_block_tokens
         if self.events is not None:
             self.events.found(keys[:found], self._last_hashes(hashes)[:found])
-        tokens = found * self.policy.tier_block_tokens
-        self.counters.looked_up(len(keys), found, len(hashes) * self.block_size, tokens)
-        _log.debug("looked up", extra={"kvtc": {"asked": len(hashes) * self.block_size, "found": tokens}})
+        self.counters.looked_up(len(keys), found, len(hashes) * self.block_size, found * step)
+        if not found:
+            return 0
+        # A tier may lose an object meanwhile; onboarding says so then.
+        sizes = (tier.size_of(key) or 0 for key, tier in zip(keys, tiers, strict=False))
+        pieces = [Piece(step, size, tier.name) for size, tier in zip(sizes, tiers, strict=True)]
+        decision = self.costs.prefix(pieces)
+        self.counters.decided("onboard", decision.action)
+        tokens = decision.blocks * step
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("looked up", extra={"kvtc": _fields(found * step, tokens, decision)})
         return tokens
 
     def offload(
@@ -185,11 +207,26 @@ class TierAdapter:
         refs = split_tier_blocks(
             blocks, self.namespace(blocks.salt), self.block_size, self.policy.tier_block_tokens
         )
-        stop = self.policy.tier_blocks_to_offload(known if num_tokens is None else num_tokens)
-        stop *= self.policy.tier_block_tokens
+        count = self.policy.tier_blocks_to_offload(known if num_tokens is None else num_tokens)
+        stop = count * self.policy.tier_block_tokens
         if self.events is not None:
             self.events.name([ref.key for ref in refs], self._last_hashes(blocks.hashes))
-        return self._offloader.submit([ref for ref in refs if ref.first_position < stop], source)
+        refs = [ref for ref in refs if ref.first_position < stop]
+        return self._offloader.submit(refs if self._worth_storing(len(refs), count) else [], source)
+
+    def _worth_storing(self, wanted: int, count: int) -> bool:
+        """Decide about `wanted` of the `count` leading tier blocks of a sequence."""
+        if not wanted:
+            return False
+        tier = self.tiers.tiers[0].name
+        action = self.costs.store(count, self.policy.tier_block_tokens, self._encoder, tier)
+        self.counters.decided("offload", action, wanted)
+        _log.debug("offload", extra={"kvtc": {"action": action, "tier_blocks": wanted, "of_sequence": count}})
+        return action != "skip"
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """Tell how long the engine took to compute the KV of `tokens` tokens, for decisions by cost."""
+        self.costs.speeds.prefilled(tokens, seconds)
 
     def onboard(self, blocks: SequenceBlocks, destination: PagedKvCache) -> OnboardHandle:
         """Begin to put the KV of whole tier blocks into the engine's blocks and return at once.
@@ -255,6 +292,8 @@ class TierAdapter:
             promotions=self.tiers.promotions,
             failed_puts=self.tiers.failed_puts,
             artifact=self.artifact,
+            speeds=self.costs.speeds.to_dict(),
+            policy={**asdict(self.policy), **asdict(self.costs.settings)},
         )
 
     def on_close(self, release: Callable[[], Awaitable[None]]) -> None:
@@ -306,3 +345,12 @@ class TierAdapter:
                 f"the paged cache is {cache.geometry} in blocks of {cache.block_size} tokens, the codec "
                 f"serves {self.codec.geometry} in blocks of {self.block_size}; calibrate for this model"
             )
+
+
+def _fields(found: int, promised: int, decision: PrefixDecision) -> dict[str, Any]:
+    """Return what the log says of a lookup's decision."""
+    fields: dict[str, Any] = {"found": found, "promised": promised, "action": decision.action}
+    if decision.estimate is not None:
+        fields["onboard_s"] = f"{decision.estimate.onboard_s:.4f}"
+        fields["recompute_s"] = f"{decision.estimate.recompute_s:.4f}"
+    return fields

@@ -21,7 +21,7 @@ from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.expose import expose
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
-from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.policy import CostPolicy, CostSettings, OffloadPolicy, Speeds
 from dynamo_kvtc.tiers.base import Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.host import HostTier
@@ -106,6 +106,8 @@ async def open_adapter(
             offload_batch=config.pipeline.offload_batch,
             decode_threads=config.pipeline.decode_threads or min(_MOST_DECODE_THREADS, cores),
             store_timeout_s=config.transfer.timeout,
+            costs=_costs(config),
+            encoder=" ".join(name for name in _encoder(config).values() if name),
         )
         adapter.artifact = {"id": artifact_id.hex(), **_encoder(config)}
         if config.observability.metrics_port is not None:
@@ -121,6 +123,11 @@ def _encoder(config: Config) -> dict[str, Any]:
         return {"profile": "raw", "plan": None}
     plan = f"max_kl={wanted.max_kl:g}" if wanted.max_kl is not None else f"ratio={wanted.plan_ratio:g}"
     return {"profile": wanted.profile, "plan": plan}
+
+
+def _costs(config: Config) -> CostPolicy:
+    settings = CostSettings(enabled=config.policy.decide == "measured", hysteresis=config.policy.hysteresis)
+    return CostPolicy(Speeds(config.policy.prefill_tokens_per_s), settings)
 
 
 def offload_policy(config: Config) -> OffloadPolicy:

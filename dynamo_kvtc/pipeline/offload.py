@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -27,7 +28,7 @@ from dynamo_kvtc.observability import Counters, DropReason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
-from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.policy import OffloadPolicy, Speeds
 from dynamo_kvtc.tiers.base import TierKey
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.staging import StagingPool
@@ -139,6 +140,10 @@ class Offloader:
         Tier blocks gathered and encoded in one go.
     timeout_s : float
         Deadline of each staging lease and each put.
+    speeds : Speeds, optional
+        Where the measured speed of encoding goes.
+    encoder : str
+        Under which name it goes there.
     """
 
     def __init__(
@@ -153,7 +158,10 @@ class Offloader:
         queue_limit: int = 256,
         batch: int = 4,
         timeout_s: float = 30.0,
+        speeds: Speeds | None = None,
+        encoder: str = "default",
     ) -> None:
+        self._speeds, self._encoder = Speeds() if speeds is None else speeds, encoder
         self._codec, self._tiers, self._staging = codec, tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._queue_limit, self._batch, self._timeout_s = queue_limit, batch, timeout_s
@@ -263,11 +271,17 @@ class Offloader:
         if not jobs:
             return []
         try:
+            start = time.perf_counter()
             with self._counters.timed("encode"):
-                return await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
+                encoded = await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
         except Exception as error:
             self._drop(jobs, error)
             return []
+        sizes = [len(item.stream) for item in encoded if isinstance(item.stream, bytes)]
+        if len(sizes) == len(jobs):
+            tokens = sum(job.ref.num_tokens for job in jobs)
+            self._speeds.encoded(self._encoder, tokens, sum(sizes), time.perf_counter() - start)
+        return encoded
 
     def _encode(self, jobs: list[_Job], blocks: list[TierBlock]) -> list[_Encoded]:
         try:

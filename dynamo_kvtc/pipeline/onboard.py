@@ -39,7 +39,7 @@ from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_all, run_to_end
 from dynamo_kvtc.pipeline.units import Unit, cut_units
-from dynamo_kvtc.policy import OffloadPolicy
+from dynamo_kvtc.policy import OffloadPolicy, Speeds
 from dynamo_kvtc.tiers.base import ReadRequest
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.memory import MemorySpan
@@ -104,10 +104,12 @@ class Onboarder:
         counters: Counters,
         executor: Executor,
         settings: OnboardSettings | None = None,
+        speeds: Speeds | None = None,
     ) -> None:
         self._codec, self._tiers, self._staging = codec, tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._settings = settings or OnboardSettings()
+        self.speeds = Speeds() if speeds is None else speeds
 
     def start(self, refs: Sequence[TierBlockRef], destination: PagedKvCache) -> OnboardHandle:
         """Begin to onboard tier blocks and return at once.
@@ -129,7 +131,7 @@ class _Request:
     ) -> None:
         self._codec, self._tiers, self._staging = owner._codec, owner._tiers, owner._staging
         self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
-        self._settings = owner._settings
+        self._settings, self._speeds = owner._settings, owner.speeds
         self._refs, self._destination, self._handle = refs, destination, handle
         self._timeline = handle.timeline
         self._headers: list[StreamHeader] = []
@@ -169,7 +171,7 @@ class _Request:
             _log.error("onboarding failed by an unexpected error", exc_info=error)
             self._fail_from(0, error)
         ended = EndedOnboard(self._refs, self._headers[: self._sound], self._timeline, self._cause)
-        ended.count(self._counters, self._codec.geometry.token_bytes)
+        ended.count(self._counters, self._speeds, self._codec.geometry.token_bytes)
         self._handle._finish(self._error())
 
     async def _load(self) -> None:

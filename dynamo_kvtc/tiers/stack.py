@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dynamo_kvtc.errors import (
     KvtcError,
@@ -27,6 +27,28 @@ from dynamo_kvtc.transfer import MemorySpan, StagingPool
 __all__ = ["TierStack"]
 
 _log = logging.getLogger(__name__)
+
+
+class _ReadClock:
+    """Bytes of a tier's reads against the time in which at least one of them was under way."""
+
+    def __init__(self) -> None:
+        self._active, self._nbytes, self._since = 0, 0, 0.0
+
+    def start(self) -> None:
+        """Begin a read."""
+        if not self._active:
+            self._since = time.perf_counter()
+        self._active += 1
+
+    def stop(self, nbytes: int) -> tuple[int, float] | None:
+        """End a read of `nbytes` bytes; returns bytes and seconds if no other is under way."""
+        self._active -= 1
+        self._nbytes += nbytes
+        if self._active:
+            return None
+        nbytes, self._nbytes = self._nbytes, 0
+        return nbytes, time.perf_counter() - self._since
 
 
 class TierStack:
@@ -65,6 +87,9 @@ class TierStack:
         self._staging = staging
         self._max_promotions = max_promotions
         self._promotion_timeout_s = promotion_timeout_s
+        #: Called with a tier's name, bytes, and the seconds in which at least one read of it was under way.
+        self.on_read: Callable[[str, int, float], None] = lambda tier, nbytes, seconds: None
+        self._clocks = {tier.name: _ReadClock() for tier in self.tiers}
         self._promoting: dict[TierKey, asyncio.Task[None]] = {}
         self._promotion_turn = asyncio.Semaphore(1)
         # Which tiers each pin of a key holds it in: a tier that gets the object later is not pinned.
@@ -151,7 +176,7 @@ class TierStack:
             groups = self._by_tier(pending, first_tier)
             left = max(0.0, deadline - time.monotonic())
             results = await asyncio.gather(
-                *(self.tiers[index].get(group, timeout_s=left) for index, group in groups.items()),
+                *(self._read(self.tiers[index], group, left) for index, group in groups.items()),
                 return_exceptions=True,
             )
             pending = []
@@ -159,6 +184,18 @@ class TierStack:
                 if result is not None:
                     self._fall_through(index, group, result, first_tier)
                     pending += group
+
+    async def _read(self, tier: Tier, reads: list[ReadRequest], timeout_s: float) -> None:
+        clock = self._clocks[tier.name]
+        clock.start()
+        nbytes = 0
+        try:
+            await tier.get(reads, timeout_s=timeout_s)
+            nbytes = sum(read.into.nbytes for read in reads)
+        finally:
+            measured = clock.stop(nbytes)
+            if measured is not None:
+                self.on_read(tier.name, *measured)
 
     def _by_tier(
         self, reads: Sequence[ReadRequest], first_tier: dict[TierKey, int]
