@@ -18,7 +18,13 @@ from dynamo_kvtc.cli.output import JsonFlag, format_bytes, make_table, print_jso
 from dynamo_kvtc.codec.bitstream import SectionKind, StreamHeader, parse_header, read_section
 from dynamo_kvtc.errors import KvtcError, TierError
 from dynamo_kvtc.tiers.disk_files import LOCK_NAME
-from dynamo_kvtc.tiers.disk_format import StoredObject, scan_segment, segment_files, stored_objects
+from dynamo_kvtc.tiers.disk_format import (
+    StoredObject,
+    scan_segment,
+    segment_files,
+    stored_objects,
+    tier_folders,
+)
 
 __all__ = ["Report", "command", "inspect_path"]
 
@@ -86,7 +92,7 @@ def inspect_path(path: Path) -> Report:
             return _inspect_object(path)
         if (path / MANIFEST_NAME).exists():
             return _inspect_artifact(path)
-        if segment_files(path) or (path / LOCK_NAME).exists():
+        if any(segment_files(part) or (part / LOCK_NAME).exists() for part in tier_folders(path)):
             return _inspect_disk_tier(path)
     except OSError as error:
         raise TierError(
@@ -228,7 +234,7 @@ def _inspect_disk_tier(folder: Path) -> Report:
         if problems and _is_still_there(found):
             place = f"{found.path.name}, byte {found.record.offset}"
             report.damage += [f"{place}: {problem}" for problem in problems]
-    paths = [path for _, path in segment_files(folder)]
+    paths = [path for part in tier_folders(folder) for _, path in segment_files(part)]
     report.facts = {
         "segments": len(paths),
         "objects": objects,

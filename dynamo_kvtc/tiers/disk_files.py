@@ -15,7 +15,7 @@ from pathlib import Path
 from dynamo_kvtc.errors import TierError, TierInUseError
 from dynamo_kvtc.tiers.disk_format import BLOCK_BYTES
 
-__all__ = ["LOCK_NAME", "allocate_range", "lock_folder", "punch_hole"]
+__all__ = ["LOCK_NAME", "allocate_range", "lock_folder", "make_folder", "punch_hole", "sync_folder"]
 
 #: Name of the lock file in a tier's folder.
 LOCK_NAME = "lock"
@@ -58,6 +58,23 @@ def _fallocate(fd: int, mode: int, offset: int, nbytes: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents if they are missing, so that they survive a power failure. Blocking."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries survive a power failure. Blocking."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def lock_folder(folder: Path) -> int:
     """Make a tier's folder if needed, see that it is fit for one, and lock it for this process.
 
@@ -74,7 +91,7 @@ def lock_folder(folder: Path) -> int:
         If the folder cannot be made or written, or lies on a file system without holes.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise TierError(

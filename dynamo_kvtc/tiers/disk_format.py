@@ -47,6 +47,7 @@ __all__ = [
     "segment_header",
     "segment_name",
     "stored_objects",
+    "tier_folders",
 ]
 
 #: Alignment of segment headers and records, in bytes: the unit in which file systems give space back.
@@ -124,6 +125,11 @@ def segment_files(folder: Path) -> list[tuple[int, Path]]:
     """Return serial and path of a folder's segment files, oldest first."""
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((int(match[1], 16), path) for match, path in found if match)
+
+
+def tier_folders(folder: Path) -> list[Path]:
+    """Return a disk tier's folder, and those of the workers that share it."""
+    return [folder, *sorted(folder.glob(f"{WRITER_PREFIX}*"))]
 
 
 def segment_header(header: SegmentHeader) -> bytes:
@@ -259,8 +265,7 @@ def stored_objects(folder: Path) -> Iterator[StoredObject | Path]:
     StoredObject or Path
         The path of a segment instead, once for its broken header or for each damaged record header.
     """
-    folders = [folder, *sorted(folder.glob(f"{WRITER_PREFIX}*"))]
-    for path in [path for part in folders for _, path in segment_files(part)]:
+    for path in [path for part in tier_folders(folder) for _, path in segment_files(part)]:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             scan = scan_segment(fd)

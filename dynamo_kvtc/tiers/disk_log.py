@@ -23,7 +23,7 @@ import xxhash
 
 from dynamo_kvtc.errors import TierClosedError, TransferTimeoutError
 from dynamo_kvtc.tiers.base import TierKey
-from dynamo_kvtc.tiers.disk_files import allocate_range, punch_hole
+from dynamo_kvtc.tiers.disk_files import allocate_range, punch_hole, sync_folder
 from dynamo_kvtc.tiers.disk_format import (
     BLOCK_BYTES,
     RECORD_HEADER_BYTES,
@@ -375,21 +375,12 @@ def create_segment(path: Path, header: SegmentHeader, *, fsync: bool) -> int:
         os.pwrite(fd, segment_header(header), 0)
         if fsync:
             os.fsync(fd)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except BaseException:
         os.close(fd)
         path.unlink()
         raise
     return fd
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries survive a power failure. Blocking."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _retrieve(future: asyncio.Future[T]) -> None:

@@ -35,6 +35,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.tiers.base import KEY_BYTES, OnChange, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
+from dynamo_kvtc.tiers.disk_files import make_folder
 from dynamo_kvtc.tiers.disk_format import RECORD_HEADER_BYTES, WRITER_PREFIX, record_bytes, segment_files
 from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.tiers.journal import JournalWriter
@@ -302,7 +303,7 @@ class SharedDiskTier(Tier):
 
 def _join_folder(folder: Path) -> tuple[KeyClaims, list[str]]:
     """Make the folder and its claims, and list the folders of workers. Blocking."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder)
     if segment_files(folder):
         raise TierError(
             f"{folder} holds the objects of a disk tier that was not shared; give the shared one another "

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from dynamo_kvtc.cli.inspect import inspect_path
 from dynamo_kvtc.errors import ObjectCorruptError, ObjectMissingError, TierError
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
 from dynamo_kvtc.tiers import DiskSettings, DiskTier, SharedDiskTier
@@ -324,3 +325,11 @@ def test_a_full_disk_delays_a_journal_and_does_not_break_it(
     reader.poll()
     assert reader.objects.keys() == {object_key(1)}
     writer.close()
+
+
+async def test_inspecting_a_shared_folder_sees_every_workers_objects(join: Join, tmp_path: Path) -> None:
+    one, two = await join(), await join()
+    await one.put(0, SIZE)
+    await two.put(1, SIZE)
+    report = inspect_path(tmp_path / "shared")
+    assert (report.kind, report.facts["segments"], report.facts["objects"]) == ("disk tier", 2, 2)
