@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dynamo_kvtc.errors import KvtcError, OnboardError, TierClosedError, TransferTimeoutError
@@ -19,8 +20,9 @@ from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
+from dynamo_kvtc.tiers.base import TierKey
 
-__all__ = ["Chunk", "ChunkJob", "ChunkStore", "FinishedJob"]
+__all__ = ["Chunk", "ChunkJob", "ChunkStore", "FinishedJob", "chunk_blocks", "consecutive_runs"]
 
 _log = logging.getLogger(__name__)
 
@@ -97,9 +99,9 @@ class ChunkStore:
     Parameters
     ----------
     adapter : ThreadedTierAdapter
-        Its engine block, its tier block and the host's chunk are one and the same.
+        Its tier block is the host's chunk.
     cache : PagedKvCache
-        The host's chunks; block i is slot i.
+        The host's chunks. A slot is as many consecutive blocks as make a chunk.
     salt : bytes
         Part of every key.
     max_pending : int
@@ -124,6 +126,7 @@ class ChunkStore:
         self._max_pending = max_pending
         self._load_timeout_s = load_timeout_s
         self._turn = asyncio.Semaphore(loads_at_once)
+        self._blocks_per_chunk = adapter.blocks_per_tier_block
         self._changed = threading.Condition()
         self._pending: dict[int, _Pending] = {}
         self._pending_chunks = 0
@@ -143,14 +146,18 @@ class ChunkStore:
         return not self._closed and self._adapter.holds(sequence_hash, salt=self._salt)
 
     def touch(self, hashes: Sequence[bytes]) -> None:
-        """Count chunks as used just now. Best effort: left out while an earlier call is being worked on."""
-        if self._closed or not hashes or (self._touching is not None and not self._touching.done()):
+        """Count chunks as used just now, and notice what other workers have stored.
+
+        Best effort: left out while an earlier call is being worked on.
+        """
+        if self._closed or (self._touching is not None and not self._touching.done()):
             return
 
         async def touch(adapter: TierAdapter) -> None:
-            await adapter.tiers.contains_prefix(adapter.keys(hashes, salt=self._salt))
+            await adapter.tiers.contains_prefix(self._keys(adapter, hashes))
 
-        self._touching = self._adapter.start(touch)
+        with suppress(TierClosedError):
+            self._touching = self._adapter.start(touch)
 
     def submit(self, job: ChunkJob) -> None:
         """Begin a job and return at once."""
@@ -227,10 +234,10 @@ class ChunkStore:
     async def _store(self, adapter: TierAdapter, job: ChunkJob, done: list[bool]) -> tuple[bool, int]:
         tickets = [
             adapter.offload(self._blocks(job.chunks[run]), self._cache, num_tokens=job.num_tokens)
-            for run in _runs(job.chunks)
+            for run in consecutive_runs(job.chunks)
         ]
         results = [await ticket.wait() for ticket in tickets]
-        keys = adapter.keys([chunk.hash for chunk in job.chunks], salt=self._salt)
+        keys = self._keys(adapter, [chunk.hash for chunk in job.chunks])
         done[:] = [adapter.tiers.size_of(key) is not None for key in keys]
         return not any(result.dropped for result in results), sum(result.stored_bytes for result in results)
 
@@ -240,7 +247,7 @@ class ChunkStore:
         except asyncio.TimeoutError:
             raise TransferTimeoutError(f"no turn to load within {self._load_timeout_s:g} s") from None
         try:
-            for run in _runs(job.chunks):
+            for run in consecutive_runs(job.chunks):
                 done[run] = await self._load_run(adapter, job.chunks[run])
         finally:
             self._turn.release()
@@ -252,16 +259,21 @@ class ChunkStore:
             await handle.wait()
         except OnboardError as error:
             first_lost = min((start for start, _ in error.tokens_to_recompute), default=0)
-            return [(chunk.index + 1) * adapter.block_size <= first_lost for chunk in chunks]
+            tokens = adapter.policy.tier_block_tokens
+            return [(chunk.index + 1) * tokens <= first_lost for chunk in chunks]
         finally:
             # Whoever cancels this job must not get the slots back while they are written.
             await handle.cancel()
         return [True] * len(chunks)
 
+    def _keys(self, adapter: TierAdapter, hashes: Sequence[bytes]) -> list[TierKey]:
+        namespace = adapter.namespace(self._salt)
+        return [namespace.key(sequence_hash) for sequence_hash in hashes]
+
     def _blocks(self, chunks: Sequence[Chunk]) -> SequenceBlocks:
-        return SequenceBlocks(
-            [chunk.hash for chunk in chunks], [chunk.slot for chunk in chunks], self._salt, chunks[0].index
-        )
+        count = self._blocks_per_chunk
+        blocks = [block for chunk in chunks for block in range(chunk.slot * count, (chunk.slot + 1) * count)]
+        return chunk_blocks(chunks, blocks, count, self._salt)
 
     # --- book-keeping ------------------------------------------------------------------------------
 
@@ -283,7 +295,18 @@ class ChunkStore:
         self._changed.notify_all()
 
 
-def _runs(chunks: Sequence[Chunk]) -> Iterator[slice]:
+def chunk_blocks(
+    chunks: Sequence[Chunk], block_ids: Sequence[int], blocks_per_chunk: int, salt: bytes
+) -> SequenceBlocks:
+    """Return chunks that follow one another as blocks of a sequence, whatever their slots.
+
+    Only the hash of a chunk's last block counts; it stands for the others, which the host does not tell.
+    """
+    hashes = [chunk.hash for chunk in chunks for _ in range(blocks_per_chunk)]
+    return SequenceBlocks(hashes, block_ids, salt, chunks[0].index * blocks_per_chunk)
+
+
+def consecutive_runs(chunks: Sequence[Chunk]) -> Iterator[slice]:
     """Yield where chunks follow each other in their sequence without a gap."""
     start = 0
     for stop in range(1, len(chunks) + 1):

@@ -72,6 +72,11 @@ class ThreadedTierAdapter:
         """The adapter's counters; reading them waits for nothing."""
         return self._adapter.counters
 
+    @property
+    def blocks_per_tier_block(self) -> int:
+        """Blocks of the engine in a tier block."""
+        return self._adapter.policy.tier_block_tokens // self._adapter.block_size
+
     def holds(self, sequence_hash: bytes, *, salt: bytes = b"") -> bool:
         """Tell whether the tier block with this sequence hash is stored whole; waits for nothing."""
         key = self._adapter.namespace(salt).key(sequence_hash)

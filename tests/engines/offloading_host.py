@@ -19,6 +19,7 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCacheTensor,
     GPULoadStoreSpec,
     LookupResult,
+    OffloadingSpec,
     OffloadKey,
     ReqContext,
     ScheduleEndContext,
@@ -31,6 +32,8 @@ from vllm.v1.kv_offload.config import (
     OffloadingModelConfig,
     OffloadingParallelConfig,
 )
+
+from dynamo_kvtc.adapters.vllm_offloading import KvtcOffloadingSpec
 
 LAYERS, HEADS, HEAD_SIZE, BLOCK = 3, 2, 32, 32
 DTYPE = torch.float32
@@ -102,9 +105,11 @@ class Host:
     """A scheduler and a worker around one paged cache of a CPU."""
 
     def __init__(self, config: OffloadingConfig) -> None:
-        self.spec = CpuTieringSpec(config)
-        self.manager = self.spec.get_manager()
-        (self.tier,) = self.manager.secondary_tiers
+        ours = config.extra_config.get("spec_name") == "KvtcOffloadingSpec"
+        self.spec: OffloadingSpec = (KvtcOffloadingSpec if ours else CpuTieringSpec)(config)
+        if not ours:  # as vLLM's order does not matter to it, the one that refuses first
+            self.manager = self.spec.get_manager()
+            (self.tier,) = self.manager.secondary_tiers
         self.layers = [torch.zeros((BLOCKS, HEADS, BLOCK, 2 * HEAD_SIZE), dtype=DTYPE) for _ in range(LAYERS)]
         page = BLOCK_BYTES // LAYERS
         tensors = [
@@ -112,6 +117,7 @@ class Host:
         ]
         refs = [CanonicalKVCacheRef(index, page) for index in range(LAYERS)]
         self.worker = self.spec.get_worker(CanonicalKVCaches(tensors, [refs]))
+        self.manager = self.spec.get_manager()
         self._jobs = 0
 
     def fill(self, seed: int = 0) -> None:
@@ -145,12 +151,19 @@ class Host:
                 for part in range(BLOCKS_PER_CHUNK)
             ]
             self._jobs += 1
-            self.worker.submit_store(
-                self._jobs,
-                GPULoadStoreSpec(blocks, group_sizes=[len(blocks)], block_indices=[0]),
-                output.store_spec,
-            )
+            first = wanted[0] * BLOCKS_PER_CHUNK
+            source = GPULoadStoreSpec(blocks, group_sizes=[len(blocks)], block_indices=[first])
+            self.worker.submit_store(self._jobs, source, output.store_spec)
+            self.finish()
             self.manager.complete_store(set(output.keys_to_store), context)
+
+    def finish(self) -> None:
+        """Wait for the worker's job, as vLLM does from step to step."""
+        deadline = time.monotonic() + 60
+        while not (results := self.worker.get_finished()):
+            assert time.monotonic() < deadline, "a job of the worker does not end"
+            time.sleep(0.002)
+        assert [(result.job_id, result.success) for result in results] == [(self._jobs, True)]
 
     def step(self) -> None:
         self.manager.on_schedule_end(ScheduleEndContext((), ()))
@@ -172,14 +185,16 @@ class Host:
         hits = [result is LookupResult.HIT for result in results]
         return hits.index(False) if False in hits else len(hits)
 
-    def load(self, context: ReqContext, keys: Sequence[OffloadKey], first_block: int) -> None:
+    def load(self, context: ReqContext, keys: Sequence[OffloadKey], first_block: int, skip: int = 0) -> None:
+        """Load chunks, but for their first `skip` blocks, which vLLM has already."""
         spec = self.manager.prepare_load(keys, context)
         count = len(keys) * BLOCKS_PER_CHUNK
         blocks = list(range(first_block, first_block + count))
         self._jobs += 1
-        self.worker.submit_load(
-            self._jobs, spec, GPULoadStoreSpec(blocks, group_sizes=[count], block_indices=[0])
-        )
+        blocks = blocks[skip:]
+        destination = GPULoadStoreSpec(blocks, group_sizes=[len(blocks)], block_indices=[skip])
+        self.worker.submit_load(self._jobs, spec, destination)
+        self.finish()
         self.manager.complete_load(keys, context)
 
     def forget_primary(self) -> None:

@@ -1,9 +1,11 @@
-"""vLLM's native offloading as a host: a compressed secondary tier for its `TieringOffloadingSpec`.
+"""vLLM's native offloading as a host, in two ways; see docs/vllm-offloading.md.
 
-Named in vLLM's ``--kv-transfer-config``, inside ``secondary_tiers``, as ``"type": "KvtcTier"`` with
-``"module_path": "dynamo_kvtc.adapters.vllm_offloading"``; see docs/vllm-offloading.md.
+`KvtcTier` is a secondary tier below vLLM's own `TieringOffloadingSpec` (``"type": "KvtcTier"``,
+``"module_path": "dynamo_kvtc.adapters.vllm_offloading"``): rows of host memory in, compressed objects out.
+`KvtcOffloadingSpec` stands in that spec's place (``"spec_name"`` and ``"spec_module_path"``): what leaves the
+engine's cache is compressed at once.
 
-Owns: the translation of vLLM's jobs, keys and rows of host memory. Does not own: anything that moves,
+Owns: the translation of vLLM's jobs, keys, pages and rows. Does not own: anything that moves,
 encodes or keeps bytes; that is `pipeline.chunk_store` and what lies below it.
 """
 
@@ -11,6 +13,7 @@ from dynamo_kvtc.adapters.vllm.versions import require_vllm
 
 require_vllm()
 
+from dynamo_kvtc.adapters.vllm_offloading.spec import KvtcOffloadingSpec  # noqa: E402
 from dynamo_kvtc.adapters.vllm_offloading.tier import KvtcTier  # noqa: E402 (the check comes first)
 
-__all__ = ["KvtcTier"]
+__all__ = ["KvtcOffloadingSpec", "KvtcTier"]

@@ -24,9 +24,6 @@ __all__ = ["ModelCache", "check_layout", "model_cache", "page_places", "read_con
 #: The layout that vLLM's OffloadingConnector asks for: per layer, block, head, token, keys and values.
 _KNOWN_LAYOUT = "LBHNC"
 
-#: Bytes of an `OffloadKey`: a SHA-256 block hash and the number of the cache group.
-KEY_BYTES = 36
-
 
 @dataclass(frozen=True, slots=True)
 class ModelCache:
@@ -152,13 +149,15 @@ def model_cache(spec: OffloadingSpec, *, needs_rope: bool) -> ModelCache:
     )
 
 
-def page_places(cache: ModelCache, backend: str | None) -> Places:
-    """Return the places of a chunk.
+def page_places(cache: ModelCache, backend: str | None, *, blocks: int) -> Places:
+    """Return the places of a run of pages.
 
     Parameters
     ----------
     backend : str or None
         vLLM's attention backend, where vLLM does not say: on every platform but the CPU.
+    blocks : int
+        Pages that follow one another.
     """
     geometry = cache.geometry
     shape = (cache.block_size, geometry.num_kv_heads, geometry.head_size)
@@ -178,7 +177,7 @@ def page_places(cache: ModelCache, backend: str | None) -> Places:
             f'"attention_backend" to the one in use ({", ".join(SPLIT_BACKENDS)} are known), and '
             "--attention-backend to the same"
         )
-    return chunk_places(places, cache.blocks_per_chunk)
+    return chunk_places(places, blocks)
 
 
 def _layer_order(names: tuple[str, ...]) -> tuple[int, ...]:

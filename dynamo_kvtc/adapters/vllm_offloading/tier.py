@@ -23,9 +23,9 @@ from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from dynamo_kvtc.adapters.vllm_offloading.announced import Announced
+from dynamo_kvtc.adapters.vllm_offloading.keys import KeyReader
 from dynamo_kvtc.adapters.vllm_offloading.metrics import TierMetrics, metric_definitions
 from dynamo_kvtc.adapters.vllm_offloading.settings import (
-    KEY_BYTES,
     check_layout,
     model_cache,
     page_places,
@@ -102,15 +102,14 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
         chunk_tokens: int = group.tokens_per_block * offloading_spec.config.cache.blocks_per_chunk
         settings = read_config(config, chunk_tokens)
         model = model_cache(offloading_spec, needs_rope=settings.codec.profile != "raw")
-        places = page_places(model, attention_backend)
+        places = page_places(model, attention_backend, blocks=model.blocks_per_chunk)
         cache = self._cache = RowCache(primary_kv_view, model.geometry, places, model.layer_order)
-        self._chunk_tokens = chunk_tokens
+        self._keys = KeyReader(chunk_tokens)
         self._window = settings.policy.recent_window
         self._job_timeout_s = settings.pipeline.onboard_timeout + settings.transfer.timeout + _MARGIN_S
         self._metrics = TierMetrics()
         self._unservable: dict[str, set[OffloadKey]] = {}
         self._vllm_jobs: dict[int, TransferJob] = {}
-        self._warned = False
         events = enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
         self._announced = Announced(self._event) if events else None
         try:
@@ -141,7 +140,7 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Tell whether a chunk is stored and can be put in place for this request."""
         self._metrics.lookups += 1
-        if self._index_of(key, req_context) is None or key in self._unservable.get(req_context.req_id, ()):
+        if self._keys.index(key, req_context) is None or key in self._unservable.get(req_context.req_id, ()):
             return LookupResult.MISS
         if not self._store.holds(get_offload_block_hash(key)):
             return LookupResult.MISS
@@ -160,27 +159,13 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
         window; it finds them in host memory, and only this policy offers them to the tier again.
         """
         self._unservable[req_context.req_id] = set()
+        self._store.touch(())
         policy = OffloadPolicy.REQUEST_LEVEL if self._window else OffloadPolicy.CHUNK_LEVEL
         return RequestOffloadingContext(policy=policy)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Forget what was noted about a request."""
         self._unservable.pop(req_context.req_id, None)
-
-    def _index_of(self, key: OffloadKey, req_context: ReqContext) -> int | None:
-        """Return which chunk of its sequence a key names, or None if that is not certain."""
-        if len(key) != KEY_BYTES or any(key[-4:]):
-            if not self._warned:
-                self._warned = True
-                _log.error(
-                    "keys of vLLM's blocks are not SHA-256 hashes of one cache group; the compressed tier "
-                    "serves nothing. Use --prefix-caching-hash-algo sha256 or sha256_cbor"
-                )
-            return None
-        end: int | None = req_context.get_offload_key_position(key)
-        if end is None or end < self._chunk_tokens or end % self._chunk_tokens:
-            return None
-        return end // self._chunk_tokens - 1
 
     # --- jobs --------------------------------------------------------------------------------------
 
@@ -195,21 +180,14 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
     def _submit(self, job: TransferJob) -> None:
         chunks = []
         for key, row in zip(job.keys, job.chunk_ids, strict=True):
-            index = self._index_of(key, job.req_context)
+            index = self._keys.index(key, job.req_context)
             block_hash = get_offload_block_hash(key)
             if index is not None and (job.is_promotion or not self._store.holds(block_hash)):
                 chunks.append(Chunk(block_hash, index, int(row)))
         chunks.sort(key=lambda chunk: chunk.index)
         self._vllm_jobs[job.job_id] = job
-        tokens = 0 if job.is_promotion else self._known_tokens(job)
+        tokens = 0 if job.is_promotion else self._keys.known_tokens(job.keys, job.req_context)
         self._store.submit(ChunkJob(job.job_id, chunks, job.is_promotion, tokens))
-
-    def _known_tokens(self, job: TransferJob) -> int:
-        """Return how long the request is at least."""
-        context = job.req_context
-        ends: Iterable[int] = getattr(context, "_offload_key_positions", {}).values()
-        own = (context.get_offload_key_position(key) or 0 for key in job.keys)
-        return max((*ends, *own), default=0)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the jobs that have ended since the last call."""

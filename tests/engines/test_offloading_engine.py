@@ -1,0 +1,147 @@
+"""The real vLLM on a CPU with its real OffloadingConnector, and our tier below it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an environment with vLLM (make engine)")
+
+from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, resolve_model
+
+HERE = Path(__file__).parent
+
+#: Tokens of a chunk; vLLM's CPU blocks have 128 of them.
+CHUNK = 256
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return resolve_model(BUILTIN_SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[list[int]]:
+    """Two prompts with the same beginning."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "".join(
+        (HERE.parents[1] / "docs" / name).read_text() for name in ("architecture.md", "bitstream.md")
+    )
+    ids = tokenizer(text)["input_ids"]
+    return [ids[:1100], ids[:800] + ids[2000:2300]]
+
+
+def serve(model: Path, prompts: list[list[int]], connector: dict[str, Any] | None, **asked: Any) -> Any:
+    """Run vLLM in a process of its own and return what it answered."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{HERE.parents[1]}:{HERE}",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "2",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",
+    }
+    request = {
+        "model": str(model),
+        "connector": connector,
+        "prompts": prompts,
+        "rounds": 1,
+        "tokens": 12,
+        **asked,
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "serve.py")],
+        input=json.dumps(request),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    (answer,) = (line for line in done.stdout.splitlines() if line.startswith('{"rounds"'))
+    return json.loads(answer)
+
+
+def connector(folder: Path, **ours: Any) -> dict[str, Any]:
+    path = folder / "kvtc.yaml"
+    config = {
+        "codec": {"profile": "raw"},
+        "tiers": [{"kind": "disk", "path": str(folder / "disk"), "capacity": "1GiB"}],
+        "transfer": {"staging": "64MiB"},
+        **ours,
+    }
+    path.write_text(json.dumps(config))
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "cpu_tiering",
+            "cpu_bytes_to_use": 512 << 20,
+            "block_size": CHUNK,
+            "secondary_tiers": [
+                {
+                    "type": "KvtcTier",
+                    "module_path": "dynamo_kvtc.adapters.vllm_offloading",
+                    "config": str(path),
+                }
+            ],
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def plain(model: Path, prompts: list[list[int]]) -> Any:
+    """What vLLM answers without any connector."""
+    return serve(model, prompts, None)["rounds"][0]
+
+
+@pytest.fixture(scope="session")
+def stored(model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with what one process stored raw, and what that process answered."""
+    folder = tmp_path_factory.mktemp("raw")
+    return folder, serve(model, prompts, connector(folder))
+
+
+def assert_same(answers: list[Any], expected: list[Any], *, tolerance: float = 1e-4) -> None:
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer["tokens"] == wanted["tokens"]
+        assert answer["logprobs"] == pytest.approx(wanted["logprobs"], abs=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_raw_chunks_change_no_answer(plain: Any, stored: Any) -> None:
+    _, first = stored
+    assert_same(first["rounds"][0], plain)
+    # The prompts have 4 whole chunks each and share the first 3.
+    assert first["metrics"]["vllm:kvtc_offloaded_chunks"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_second_process_is_served_from_disk(
+    model: Path, prompts: list[list[int]], plain: Any, stored: Any
+) -> None:
+    folder, _ = stored
+    second = serve(model, prompts, connector(folder))
+    assert_same(second["rounds"][0], plain)
+    assert second["rounds"][0][0]["cached"] == 4 * CHUNK
+    assert second["metrics"]["vllm:kvtc_onboarded_chunks"] == 5
+    salted = serve(model, prompts, connector(folder), salt="another tenant")
+    assert_same(salted["rounds"][0], plain)
+    assert salted["rounds"][0][0]["cached"] == 0
+    assert salted["metrics"].get("vllm:kvtc_onboarded_chunks", 0) == 0
