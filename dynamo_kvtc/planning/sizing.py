@@ -14,7 +14,7 @@ from dynamo_kvtc.planning.models import ModelShape
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.disk_format import record_bytes
 
-__all__ = ["Connector", "Held", "Mode", "Plan", "PlanRequest", "plan"]
+__all__ = ["SHARED_BYTES", "Connector", "Held", "Mode", "Plan", "PlanRequest", "plan"]
 
 Connector = Literal["kvtc", "offloading", "kvbm"]
 Mode = Literal["aggregated", "disaggregated"]
@@ -27,7 +27,7 @@ _ENGINE_BYTES = 8 * _GIB
 _ENGINE_BYTES_PER_GPU = 4 * _GIB
 
 #: What Dynamo's operator mounts at /dev/shm by default, and what vLLM needs there beside its own pool.
-_SHARED_BYTES = 8 * _GIB
+SHARED_BYTES = 8 * _GIB
 
 #: vLLM keeps its raw CPU pool in /dev/shm and needs about a fifth more there than it was given.
 _POOL_FACTOR = 1.2
@@ -214,7 +214,7 @@ def plan(request: PlanRequest) -> Plan:
         "batches": 2 * PipelineConfig().offload_batch * raw_block,
         "index": _up((request.memory + disk) // stored_block * _INDEX_BYTES, _MIB),
     }
-    left = request.memory - sum(fixed.values()) - _SHARED_BYTES
+    left = request.memory - sum(fixed.values()) - SHARED_BYTES
     pool = 0 if request.connector == "kvtc" else _down(int(_POOL_SHARE * left))
     in_shared = _up(int(_POOL_FACTOR * pool)) if request.connector == "offloading" else 0
     host = _down(left - (in_shared or pool))
@@ -225,7 +225,7 @@ def plan(request: PlanRequest) -> Plan:
             f"artifact and /dev/shm take up to {format_size(_up(request.memory - left))}; give a worker "
             f"{format_size(needed)} or more"
         )
-    shared = _SHARED_BYTES + in_shared
+    shared = SHARED_BYTES + in_shared
     memory = {**fixed, "shared memory": shared, "host tier": host}
     if pool and not in_shared:
         memory["raw pool"] = pool

@@ -6,7 +6,7 @@ from typing import Any
 
 from dynamo_kvtc.config.models import TransferConfig
 from dynamo_kvtc.config.units import format_size
-from dynamo_kvtc.planning.sizing import Plan
+from dynamo_kvtc.planning.sizing import SHARED_BYTES, Plan
 
 __all__ = ["chart_values"]
 
@@ -54,12 +54,11 @@ def chart_values(plan: Plan) -> dict[str, Any]:
         values["worker"] = tiered
         return values
     values["prefill"] = tiered
-    plain = plan.memory["engine"] + plan.memory["shared memory"]
     values["decode"] = {
         "replicas": plan.workers - plan.tier_workers,
         "gpus": plan.gpus_per_worker,
-        "memory": _gi(plain if request.connector != "offloading" else plan.memory["engine"] + 8 * _GIB),
-        "sharedMemorySize": "8Gi",
+        "memory": _gi(plan.memory["engine"] + SHARED_BYTES),
+        "sharedMemorySize": _gi(SHARED_BYTES),
     }
     return values
 
