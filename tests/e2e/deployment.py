@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -175,6 +176,8 @@ class Deployment:
 
     def remove_logs(self) -> None:
         shutil.rmtree(self.folder)
+        with contextlib.suppress(OSError):  # other deployments of the test left theirs
+            self.folder.parent.rmdir()
 
     def own(self, process: Managed) -> None:
         self._processes.append(process)
@@ -200,7 +203,7 @@ class Deployment:
             worker.wait_ready()
         self.frontend.wait_for_workers(timeout_s=120)
 
-    def chat(self, messages: list[dict[str, str]], *, max_tokens: int = 16, **options: Any) -> Answer:
+    def chat(self, messages: list[dict[str, str]], *, max_tokens: int = 8, **options: Any) -> Answer:
         """Ask for a greedy completion over HTTP."""
         body = {
             "model": MODEL_NAME,

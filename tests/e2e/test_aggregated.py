@@ -39,7 +39,7 @@ def test_every_turn_may_be_served_by_another_worker(deploy, tmp_path: Path) -> N
     messages, stored = first_turn(1), 0
     for turn in range(3):
         worker = deployment.worker(f"turn-{turn}", kv_transfer=transfer)
-        answer = deployment.chat(messages, max_tokens=150)
+        answer = deployment.chat(messages, max_tokens=60)
         sources = worker.counters().prompt_tokens()
         assert sources.external == stored
         assert sources.computed == answer.prompt_tokens - stored
