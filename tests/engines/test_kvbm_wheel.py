@@ -27,6 +27,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from dynamo_kvtc.adapters.kvbm import DynamoConnector
+from dynamo_kvtc.adapters.vllm import KvtcConnector
 from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, resolve_model
 from dynamo_kvtc.errors import ConfigError
 
@@ -97,6 +98,13 @@ def test_it_is_kvbms_connector_by_name_and_by_class(tmp_path: Path) -> None:
     assert found.__name__ == KvbmConnector.__name__
     assert issubclass(found, KvbmConnector)
     assert issubclass(found, SupportsHMA)
+    # By this name PdConnector finds who can read its statistics.
+    assert KVConnectorFactory.get_connector_class_by_name("DynamoConnector") is DynamoConnector
+
+
+def test_every_hook_of_our_connector_is_passed_on() -> None:
+    hooks = {name for name in vars(KvtcConnector) if not name.startswith("_")}
+    assert hooks <= vars(DynamoConnector).keys()
 
 
 def test_dynamo_takes_it_for_kvbm(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm.vllm_integration.connector import DynamoConnector as KvbmConnector
 from kvbm.vllm_integration.connector import DynamoConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
@@ -201,6 +202,7 @@ class DynamoConnector(KvbmConnector, SupportsHMA):  # type: ignore[misc]
     bind_kv_cache_manager = _to_tier("bind_kv_cache_manager")
     bind_gpu_block_pool = _to_tier("bind_gpu_block_pool")
     has_pending_block_frees = _to_tier("has_pending_block_frees")
+    has_pending_push_work = _to_tier("has_pending_push_work")
     take_events = _to_tier("take_events")
 
     # --- worker -----------------------------------------------------------------------------------
@@ -295,3 +297,10 @@ def _check(vllm_config: VllmConfig, settings: ConnectorSettings) -> None:
             "kvbm fails on requests of LoRA adapters: serve them without KVBM, with kv_connector "
             "KvtcConnector and kv_connector_module_path dynamo_kvtc.adapters.vllm"
         )
+
+
+# PdConnector looks up the classes of what its children report by name.
+if DynamoConnector.__name__ not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector(
+        DynamoConnector.__name__, "dynamo_kvtc.adapters.kvbm", DynamoConnector.__name__
+    )
