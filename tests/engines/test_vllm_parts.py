@@ -1,0 +1,251 @@
+"""Parts of the vLLM connector against vLLM's own types: layouts, refusals, statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an environment with vLLM (make engine)")
+
+import torch
+from offloading_host import write_model
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVQuantMode,
+    SlidingWindowSpec,
+)
+
+from dynamo_kvtc.adapters.vllm import KvtcConnector
+from dynamo_kvtc.adapters.vllm.layouts import cpu_writer, discover_places, ordered_layers, paged_cache
+from dynamo_kvtc.adapters.vllm.settings import read_settings
+from dynamo_kvtc.adapters.vllm.stats import StatsSource
+from dynamo_kvtc.adapters.vllm.versions import check_version
+from dynamo_kvtc.errors import ConfigError, LayoutError
+from dynamo_kvtc.observability import Counters
+from dynamo_kvtc.pipeline.permuted import PermutedKvCache
+
+TOKENS, HEADS, SIZE = 32, 3, 64
+LAYER = "model.layers.{}.self_attn.attn"
+
+
+def spec(dtype: torch.dtype = torch.float32, **changes: Any) -> FullAttentionSpec:
+    fields = {"block_size": TOKENS, "num_kv_heads": HEADS, "head_size": SIZE, "dtype": dtype, **changes}
+    return FullAttentionSpec(**fields)
+
+
+def cache_config(*specs: Any, blocks: int = 4) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec([LAYER.format(index)], one) for index, one in enumerate(specs or [spec()])]
+    return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+# --- layouts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_cpu_order_is_found_and_undone(dtype: torch.dtype) -> None:
+    write = cpu_writer(spec(dtype))
+    places = discover_places(TOKENS, HEADS, SIZE, dtype, write)
+    tensor = torch.zeros((4, HEADS, TOKENS, 2 * SIZE), dtype=dtype)
+    cache = PermutedKvCache([tensor.view(4, -1)], *places)
+    keys, values = torch.randn(2, TOKENS, HEADS, SIZE).to(dtype)
+    write(tensor, keys, values)
+    gathered = cache.gather([1])
+    assert torch.equal(gathered[0][:, 0], keys) and torch.equal(gathered[1][:, 0], values)
+    # What is scattered is what vLLM's operator would have written, bit for bit.
+    cache.scatter_layer(0, [3], keys, values)
+    assert torch.equal(tensor[3], tensor[1]) and not tensor[0].any() and not tensor[2].any()
+
+
+def test_a_writer_that_loses_or_mixes_elements_is_refused() -> None:
+    def loses(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        cache[1].view(-1)[: keys.numel() - 1] = keys.flatten()[1:]
+
+    def strays(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        cache[0].view(-1)[: keys.numel()] = keys.flatten()
+
+    for writer, message in ((loses, "one place"), (strays, "outside")):
+        with pytest.raises(LayoutError, match=message):
+            discover_places(TOKENS, HEADS, SIZE, torch.bfloat16, writer)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
+def test_gpu_layouts_are_views_of_vllms_tensors(order: tuple[int, ...]) -> None:
+    # No GPU backend can be made here: only its name is stood in for.
+    shape = (4, HEADS, TOKENS, 2 * SIZE)
+    backing = torch.randn([shape[axis] for axis in order])
+    tensor = backing.permute([order.index(axis) for axis in range(4)])
+    backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
+    context = {LAYER.format(0): SimpleNamespace(attn_backend=backend)}
+    config: Any = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    cache = paged_cache(config, cache_config(), [(LAYER.format(0), tensor)])
+    keys, values = cache.gather([2])
+    for token in range(TOKENS):
+        assert torch.equal(keys[token, 0], tensor[2, :, token, :SIZE])
+        assert torch.equal(values[token, 0], tensor[2, :, token, SIZE:])
+    cache.scatter_layer(0, [1], keys[:, 0], values[:, 0])
+    assert torch.equal(tensor[1], tensor[2])
+    backend.get_name = lambda: "SOMETHING_NEW"
+    with pytest.raises(LayoutError, match="SOMETHING_NEW"):
+        paged_cache(config, cache_config(), [(LAYER.format(0), tensor)])
+    with pytest.raises(LayoutError, match="--block-size"):
+        paged_cache(config, cache_config(blocks=2), [(LAYER.format(0), tensor)])
+
+
+def test_layers_are_in_the_models_order_and_shared_ones_count_once() -> None:
+    tensors = [torch.zeros(2) for _ in range(12)]
+    caches = {LAYER.format(index): tensors[index] for index in reversed(range(12))}
+    caches[LAYER.format(12)] = tensors[3]
+    assert [name for name, _ in ordered_layers(caches)] == [LAYER.format(index) for index in range(12)]
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path) -> Path:
+    path = tmp_path / "kvtc.yaml"
+    path.write_text("codec: {profile: raw}\ntiers:\n  - {kind: host, capacity: 1MiB}\n")
+    return path
+
+
+def engine_config(
+    tmp_path: Path, settings_file: Path, extra: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    transfer = {
+        "kv_connector": "KvtcConnector",
+        "kv_connector_module_path": "dynamo_kvtc.adapters.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"config": str(settings_file)} if extra is None else extra,
+    }
+    transfer.update(options)
+    arguments = EngineArgs(
+        model=str(write_model(tmp_path / "model")),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        block_size=TOKENS,
+        kv_transfer_config=KVTransferConfig(**transfer),
+    )
+    return arguments.create_engine_config()
+
+
+def test_settings_are_read(tmp_path: Path, settings_file: Path) -> None:
+    extra = {"config": str(settings_file), "load": "layerwise", "lookup_timeout": "20ms"}
+    settings = read_settings(engine_config(tmp_path, settings_file, extra), cache_config())
+    assert settings.layerwise and settings.loads and settings.saves and not settings.events
+    assert settings.lookup_timeout_s == pytest.approx(0.02) and settings.block_size == TOKENS
+    assert KvtcConnector.requires_piecewise_for_cudagraph(extra)
+    assert not KvtcConnector.requires_piecewise_for_cudagraph({})
+
+
+def test_roles_are_kept(tmp_path: Path, settings_file: Path) -> None:
+    producer = read_settings(engine_config(tmp_path, settings_file, kv_role="kv_producer"), cache_config())
+    assert producer.saves and not producer.loads
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({}, '"config"'),
+        ({"confg": "x"}, "did you mean config"),
+        ({"config": "x", "load": "soon"}, "layerwise"),
+    ],
+)
+def test_wrong_extra_config_is_refused(
+    tmp_path: Path, settings_file: Path, extra: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings(engine_config(tmp_path, settings_file, extra), cache_config())
+
+
+def test_settings_of_vllm_that_would_serve_wrong_kv_are_refused(tmp_path: Path, settings_file: Path) -> None:
+    config = engine_config(tmp_path, settings_file, kv_load_failure_policy="fail")
+    with pytest.raises(ConfigError, match="kv_load_failure_policy"):
+        read_settings(config, cache_config())
+    config = engine_config(tmp_path, settings_file)
+    config.cache_config.prefix_caching_hash_algo = "xxhash"
+    with pytest.raises(ConfigError, match="sha256"):
+        read_settings(config, cache_config())
+    for setting in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+        config = engine_config(tmp_path, settings_file)
+        setattr(config.parallel_config, setting, 2)
+        with pytest.raises(ConfigError, match=setting.replace("_", "-")):
+            read_settings(config, cache_config())
+
+
+def test_caches_that_cannot_be_encoded_are_refused(tmp_path: Path, settings_file: Path) -> None:
+    config = engine_config(tmp_path, settings_file)
+    window = SlidingWindowSpec(
+        block_size=TOKENS, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32, sliding_window=128
+    )
+    for specs, message in (
+        ((spec(), window), "2 groups"),
+        ((window,), "SlidingWindowSpec"),
+        ((spec(sliding_window=64),), "sliding-window"),
+        ((spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR),), "--kv-cache-dtype"),
+        ((spec(head_size_v=32),), "different sizes"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            read_settings(config, cache_config(*specs))
+    with pytest.raises(ConfigError, match="multiple of the engine's block size"):
+        read_settings(config, cache_config(spec(block_size=96)))
+
+
+@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.31.0", "dev"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(ConfigError, match=r"0\.31 and 0\.32"):
+        check_version(version)
+
+
+def test_known_versions_are_taken() -> None:
+    for version in ("0.31.0", "0.31.1+cpu", "0.32.0rc1"):
+        check_version(version)
+
+
+# --- statistics ------------------------------------------------------------------------------------
+
+
+def test_statistics_are_growths_that_add_up() -> None:
+    source, counters = StatsSource(), Counters()
+    counters.offloaded(blocks=1, tokens=256, raw_bytes=1000, stored_bytes=50)
+    counters.dropped("queue_full", 2)
+    first = source.take(StatsSource.flatten(counters.snapshot()))
+    assert first is not None and first.data["dropped_blocks:queue_full"] == 2
+    assert source.take(StatsSource.flatten(counters.snapshot())) is None
+    counters.offloaded(blocks=1, tokens=256, raw_bytes=1000, stored_bytes=50)
+    second = source.take(StatsSource.flatten(counters.snapshot()))
+    assert second is not None
+    rebuilt = KvtcConnector.build_kv_connector_stats(second.to_dict())
+    line = first.aggregate(rebuilt).reduce()
+    assert line == {
+        "offloaded tokens": 512,
+        "onboarded tokens": 0,
+        "ratio": 20.0,
+        "dropped_blocks:queue_full": 2,
+    }
+
+
+def test_statistics_become_prometheus_counters(tmp_path: Path, settings_file: Path) -> None:
+    metrics = KvtcConnector.build_prom_metrics(
+        engine_config(tmp_path, settings_file),
+        {Counter: Counter, Gauge: Gauge, Histogram: Histogram},
+        ["engine"],
+        {0: ["0"]},
+    )
+    metrics.observe({"offloaded_tokens": 256, "missed_blocks:damaged": 1})
+    assert REGISTRY.get_sample_value("vllm:kvtc_offloaded_tokens_total", {"engine": "0"}) == 256
+    labels = {"engine": "0", "reason": "damaged"}
+    assert REGISTRY.get_sample_value("vllm:kvtc_missed_blocks_total", labels) == 1
+
+
+def test_the_class_is_found_by_name_as_multiconnector_does() -> None:
+    assert KVConnectorFactory.get_connector_class_by_name("KvtcConnector") is KvtcConnector

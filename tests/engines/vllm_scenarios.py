@@ -1,0 +1,310 @@
+"""What the tests of the vLLM connector run, each in a process of its own: ``vllm_scenarios.py NAME FOLDER``.
+
+Every scenario starts a real engine in-process (float32, eager) and prints one JSON object on its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_HOST_IP="127.0.0.1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)
+
+TIER_BLOCK = 64
+BLOCK = 32
+LONG = 520  # tokens; eight whole tier blocks
+OUTPUT = 6
+
+DISK = "  - {kind: disk, path: FOLDER/disk, capacity: 1GiB}\n"
+HOST = "  - {kind: host, capacity: 256MiB}\n"
+
+
+class Engine:
+    """An engine with or without the connector."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tiers: str | None = HOST + DISK,
+        load: str = "async",
+        onboard_timeout: str = "20s",
+        codec: str = "{profile: raw}",
+        artifact: str = "",
+        dtype: str = "float32",
+        **options: Any,
+    ) -> None:
+        from vllm import LLM, SamplingParams
+        from vllm.config import KVEventsConfig
+
+        from dynamo_kvtc.calibration.models import resolve_model
+
+        if tiers is not None:
+            config = folder / "kvtc.yaml"
+            config.write_text(
+                f"{artifact}codec: {codec}\ntiers:\n{tiers.replace('FOLDER', str(folder))}"
+                f"policy: {{tier_block_tokens: {TIER_BLOCK}, recent_window: 0, minimum_tokens: 0}}\n"
+                f"pipeline: {{onboard_timeout: {onboard_timeout}}}\n"
+            )
+            options["kv_transfer_config"] = {
+                "kv_connector": "KvtcConnector",
+                "kv_connector_module_path": "dynamo_kvtc.adapters.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"config": str(config), "load": load, "lookup_timeout": "10s"},
+            }
+            options["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        self.llm = LLM(
+            model=str(resolve_model("builtin:smollm2")),
+            dtype=dtype,
+            enforce_eager=True,
+            max_model_len=1024,
+            block_size=BLOCK,
+            max_num_seqs=4,
+            max_num_batched_tokens=128,  # so that prefills are chunked
+            **options,
+        )
+        self._sampling = SamplingParams
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.events: list[Any] = []
+        self.preemptions = 0
+        if tiers is not None:
+            self._watch_events()
+        self._watch_preemptions()
+
+    def _watch_events(self) -> None:
+        connector = self.scheduler.connector
+        take = connector.take_events
+
+        def taken() -> list[Any]:
+            events = take()
+            self.events += events
+            return events
+
+        connector.take_events = taken
+
+    def _watch_preemptions(self) -> None:
+        preempt = self.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> None:
+            self.preemptions += 1
+            preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = counted
+
+    @property
+    def adapter(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker._adapter
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        from dynamo_kvtc import data
+
+        text = (Path(data.__file__).parent / "text" / "prose-heldout.txt").read_text()
+        ids: list[int] = self.llm.get_tokenizer().encode(text[:20_000])
+        return ids[start : start + count]
+
+    def generate(
+        self,
+        *prompts: list[int],
+        salt: str | None = None,
+        tokens: int = OUTPUT,
+        prompt_logprobs: bool = False,
+    ) -> list[dict[str, Any]]:
+        extra = {"cache_salt": salt} if salt else {}
+        sampling = self._sampling(
+            temperature=0,
+            max_tokens=tokens,
+            logprobs=1,
+            ignore_eos=True,
+            prompt_logprobs=0 if prompt_logprobs else None,
+        )
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt, **extra} for prompt in prompts], sampling, use_tqdm=False
+        )
+        return [
+            {
+                "ids": list(output.outputs[0].token_ids),
+                "logprobs": [
+                    position[token].logprob
+                    for position, token in zip(
+                        output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
+                    )
+                ],
+                "cached": output.num_cached_tokens,
+            }
+            for output in outputs
+        ]
+
+    def settle(self) -> None:
+        """Wait until every offload has ended, and let vLLM take note."""
+        deadline = time.monotonic() + 60
+
+        async def waiting(tiers: Any) -> int:
+            return len(tiers._offloader._keys)
+
+        while self.adapter.run(waiting):
+            assert time.monotonic() < deadline, "offloads did not end"
+            time.sleep(0.02)
+        for _ in range(3):
+            self.llm.llm_engine.step()
+
+    def forget_local(self) -> None:
+        """Drop vLLM's own prefix cache."""
+        self.settle()
+        assert self.llm.reset_prefix_cache()
+
+    def counters(self) -> dict[str, Any]:
+        snapshot: dict[str, Any] = self.adapter.counters.snapshot().to_dict()
+        return snapshot
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def prompts(engine: Engine) -> dict[str, list[int]]:
+    long = engine.tokens(0, LONG)
+    return {
+        "long": long,
+        "turn": [*long, *engine.tokens(2000, 50)],
+        "left": [*engine.tokens(1000, 200), *engine.tokens(1500, 40)],
+        "right": [*engine.tokens(1000, 200), *engine.tokens(1600, 70)],
+    }
+
+
+def crowd(engine: Engine) -> list[list[int]]:
+    return [engine.tokens(3000 + 300 * index, 200) for index in range(3)]
+
+
+def reference(folder: Path) -> dict[str, Any]:
+    engine = Engine(folder, tiers=None)
+    result: dict[str, Any] = {name: engine.generate(ids)[0] for name, ids in prompts(engine).items()}
+    result["crowd"] = [engine.generate(ids, tokens=80)[0] for ids in crowd(engine)]
+    engine.close()
+    return result
+
+
+def served(folder: Path) -> dict[str, Any]:
+    engine = Engine(folder)
+    text = prompts(engine)
+    result: dict[str, Any] = {"first": engine.generate(text["long"])[0]}
+    engine.forget_local()
+    result["turn"] = engine.generate(text["turn"])[0]
+    engine.forget_local()
+    result["pair_first"] = engine.generate(text["left"], text["right"])
+    engine.forget_local()
+    result["pair"] = engine.generate(text["left"], text["right"])
+    result["counters"] = engine.counters()
+    stats = engine.scheduler.connector.get_kv_connector_stats()
+    result["scheduler_stats"] = None if stats is None else stats.data
+    engine.forget_local()
+    result["salted"] = engine.generate(text["left"], salt="mine")[0]
+    engine.forget_local()
+    result["salted_other"] = engine.generate(text["left"], salt="another")[0]
+    engine.forget_local()
+    result["salted_again"] = engine.generate(text["left"], salt="mine")[0]
+    engine.forget_local()
+    result["events"] = [
+        {
+            "kind": type(event).__name__,
+            "medium": event.medium,
+            "hashes": len(event.block_hashes),
+            "tokens": list(getattr(event, "token_ids", [])),
+            "parent": getattr(event, "parent_block_hash", None) is not None,
+        }
+        for event in engine.events
+    ]
+    assert engine.llm.llm_engine.reset_prefix_cache(reset_connector=True)
+    engine.events.clear()
+    result["after_reset"] = engine.generate(text["long"])[0]
+    engine.forget_local()
+    result["removed"] = sum(type(event).__name__ == "BlockRemoved" for event in engine.events)
+    engine.close()
+    return result
+
+
+def restarted(folder: Path) -> dict[str, Any]:
+    """Serve what `served` left on the disk, layer by layer; then what is damaged there."""
+    engine = Engine(folder, tiers=DISK, load="layerwise")
+    long = prompts(engine)["long"]
+    result: dict[str, Any] = {"long": engine.generate(long)[0]}
+    engine.forget_local()
+    for segment in (folder / "disk").rglob("*"):
+        if segment.is_file() and segment.stat().st_size > 1 << 20:
+            with segment.open("r+b") as file:
+                file.seek(1 << 20)
+                file.write(bytes(range(256)) * 4096)
+    result["damaged"] = engine.generate(long)[0]
+    result["counters"] = engine.counters()
+    engine.forget_local()
+    result["again"] = engine.generate(long)[0]
+    engine.close()
+    return result
+
+
+def faults(folder: Path) -> dict[str, Any]:
+    """A tier that fails, stops answering, or is closed in the middle of a load."""
+    import asyncio
+
+    import dynamo_kvtc.adapters.vllm.worker as worker
+    from dynamo_kvtc.errors import TransferError
+    from dynamo_kvtc.pipeline.assemble import open_adapter
+    from dynamo_kvtc.testing.wrappers import TierWrapper
+
+    mode = {"is": "sound", "gets": 0}
+
+    class Broken(TierWrapper):
+        async def get(self, reads: Any, *, timeout_s: float) -> None:
+            mode["gets"] += 1
+            if mode["is"] == "fails":
+                raise TransferError("the tier is broken")
+            if mode["is"] == "hangs" and mode["gets"] > 1:
+                await asyncio.sleep(3600)
+            if mode["is"] == "dies" and mode["gets"] > 1:
+                await self.inner.close()
+            await self.inner.get(reads, timeout_s=timeout_s)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return open_adapter(*args, **kwargs, wrap_tier=Broken)
+
+    worker.open_adapter = wrapped  # type: ignore[assignment]
+    engine = Engine(folder, tiers=HOST, onboard_timeout="2s")
+    long = prompts(engine)["long"]
+    result: dict[str, Any] = {"sound": engine.generate(long)[0]}
+    for kind in ("fails", "hangs", "dies"):
+        engine.forget_local()
+        mode.update({"is": kind, "gets": 0})
+        result[kind] = engine.generate(long)[0]
+        mode["is"] = "sound"
+        result[f"{kind}_counters"] = engine.counters()["missed_blocks"]
+    engine.close()
+    return result
+
+
+def crowded(folder: Path) -> dict[str, Any]:
+    """More requests than the cache has room for."""
+    engine = Engine(folder, tiers=HOST, num_gpu_blocks_override=24)
+    texts = crowd(engine)
+    result: dict[str, Any] = {"crowd": engine.generate(*texts, tokens=80), "preemptions": engine.preemptions}
+    engine.forget_local()
+    result["again"] = [engine.generate(ids, tokens=2)[0] for ids in texts]
+    result["counters"] = engine.counters()
+    engine.close()
+    return result
+
+
+if __name__ == "__main__":
+    outcome = globals()[sys.argv[1]](Path(sys.argv[2]))
+    print("\n" + json.dumps(outcome))
