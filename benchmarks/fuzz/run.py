@@ -37,8 +37,9 @@ TARGETS: dict[str, Callable[[], Target]] = {
 #: Cases that follow from one seed; the unit that is handed out, watched and replayed.
 BATCH = 1000
 
-#: A batch that takes longer than this hangs, and its shard ends with the stacks of its threads.
+#: A few cases that take longer than this hang, and their shard ends with the stacks of its threads.
 _HANG_S = 120.0
+_WATCH_EVERY = 50
 
 #: Every how many cases the memory of one is measured: tracing makes it many times slower.
 _TRACE_EVERY = 200
@@ -78,9 +79,10 @@ def run_batches(
     tally = Tally()
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for batch in batches:
-        faulthandler.dump_traceback_later(_HANG_S, exit=True)
         random = Random(f"{seed} {target.name} {batch}")
         for index in range(size):
+            if index % _WATCH_EVERY == 0:
+                faulthandler.dump_traceback_later(_HANG_S, exit=True)
             case = target.make(random)
             traced = (batch * size + index) % _TRACE_EVERY == 0
             start = time.perf_counter()

@@ -21,7 +21,12 @@ from typing import TypeVar
 
 import xxhash
 
-from dynamo_kvtc.errors import ObjectCorruptError, ObjectMissingError, TransferTimeoutError
+from dynamo_kvtc.errors import (
+    ObjectCorruptError,
+    ObjectMissingError,
+    TransferError,
+    TransferTimeoutError,
+)
 from dynamo_kvtc.tiers.base import ReadRequest, TierKey
 from dynamo_kvtc.tiers.disk_format import (
     RECORD_HEADER_BYTES,
@@ -125,11 +130,12 @@ class Peers:
         async with self._refreshing:
             if self._seen_at >= not_before:
                 return
-            begun, before = time.monotonic(), self._peers
+            begun = time.monotonic()
             await asyncio.get_running_loop().run_in_executor(self._thread, self._poll)
             self._seen_at = begun
-        for name, peer in before.items():
-            if name not in self._peers or peer.generation != peer.journal.generation:
+        there = set(self._peers.values())
+        for peer in there | {peer for peer, _ in self._recent}:
+            if peer not in there or peer.generation != peer.journal.generation:
                 # The folder is gone, or was opened anew: files of the same name may be others now.
                 peer.generation = peer.journal.generation
                 peer.refused.clear()
@@ -178,8 +184,7 @@ class Peers:
                     raise error
                 peer.refused.add(key)
                 return False
-        if serial in peer.files:
-            self._recent[place] = None
+        if place in self._recent:
             self._recent.move_to_end(place)
         return True
 
@@ -190,7 +195,8 @@ class Peers:
         finally:
             del self._opening[(peer, serial)]
         peer.files[serial] = region
-        if len(peer.files) + len(self._recent) > _MAX_OPEN_FILES:
+        self._recent[(peer, serial)] = None
+        if len(self._recent) > _MAX_OPEN_FILES:
             in_use = {file for file, _ in self._held_at.values()}
             idle = (place for place in self._recent if place[0].files.get(place[1]) not in in_use)
             if (oldest := next(idle, None)) is not None:
@@ -275,6 +281,8 @@ class Peers:
                 self._refuse(key)
             if damaged:
                 raise ObjectCorruptError(f"{len(damaged)} objects of other workers fail their checksum")
+        except OSError as error:
+            raise TransferError(f"cannot read below {self._folder}: {error}") from error
         finally:
             for key in held:
                 self.let_go(key)
