@@ -16,6 +16,7 @@ from dynamo_kvtc.config.sections import (
 )
 from dynamo_kvtc.config.tier_models import (
     DiskTierConfig,
+    EncryptionConfig,
     HostTierConfig,
     ObjectTierConfig,
     TierCodecConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "CodecConfig",
     "Config",
     "DiskTierConfig",
+    "EncryptionConfig",
     "HostTierConfig",
     "ObjectTierConfig",
     "ObservabilityConfig",

@@ -18,6 +18,8 @@ from dynamo_kvtc.config.units import Duration, Size
 
 __all__ = [
     "DiskTierConfig",
+    "EncryptionConfig",
+    "EncryptionKeyConfig",
     "HostTierConfig",
     "ObjectTierConfig",
     "TierCodecConfig",
@@ -49,6 +51,24 @@ class TierCodecConfig(Section):
 _TierCodec = Annotated[TierCodecConfig, BeforeValidator(null_is_empty)]
 
 
+class EncryptionKeyConfig(Section):
+    """A master key."""
+
+    id: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+    """Name of the key, kept (hashed) in every object; never give another key the same name."""
+
+    file: ConfigPath
+    """File with 32 random bytes, as they are, in hexadecimal or in base64; such as a mounted Secret."""
+
+
+class EncryptionConfig(Section):
+    """AES-256-GCM for a tier's objects, with a key of its own for every tenant and object."""
+
+    keys: Annotated[list[EncryptionKeyConfig], Field(min_length=1, max_length=8)]
+    """The first key encrypts, all of them decrypt: to rotate, put a new one in front, and remove the old one
+    when its objects have aged out."""
+
+
 class HostTierConfig(Section):
     """Host memory (G2): fast, and gone when the process ends."""
 
@@ -60,6 +80,9 @@ class HostTierConfig(Section):
 
     codec: _TierCodec = TierCodecConfig()
     """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
+
+    encryption: EncryptionConfig | None = None
+    """Encrypts the tier's objects; null: they are kept as they are. Needs the extra encryption."""
 
 
 class DiskTierConfig(Section):
@@ -88,6 +111,9 @@ class DiskTierConfig(Section):
 
     codec: _TierCodec = TierCodecConfig()
     """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
+
+    encryption: EncryptionConfig | None = None
+    """Encrypts the tier's objects; null: they are kept as they are. Needs the extra encryption."""
 
 
 class ObjectTierConfig(Section):
@@ -137,6 +163,9 @@ class ObjectTierConfig(Section):
 
     codec: _TierCodec = TierCodecConfig()
     """The plan to encode with, if this is the first tier; if it is empty, codec's counts."""
+
+    encryption: EncryptionConfig | None = None
+    """Encrypts the tier's objects; null: they are kept as they are. Needs the extra encryption."""
 
 
 TierConfig = Annotated[HostTierConfig | DiskTierConfig | ObjectTierConfig, Field(discriminator="kind")]

@@ -15,7 +15,7 @@ from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
-from dynamo_kvtc.config import Config, HostTierConfig, ObjectTierConfig, TierConfig
+from dynamo_kvtc.config import Config, EncryptionConfig, HostTierConfig, ObjectTierConfig, TierConfig
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
@@ -24,6 +24,8 @@ from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import CostPolicy, CostSettings, OffloadPolicy, Speeds
 from dynamo_kvtc.tiers.base import Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
+from dynamo_kvtc.tiers.encrypted import EncryptedTier
+from dynamo_kvtc.tiers.encryption_keys import KeyRing, read_key
 from dynamo_kvtc.tiers.host import HostTier
 from dynamo_kvtc.tiers.object import ObjectSettings, ObjectTier
 from dynamo_kvtc.tiers.object_client import BucketPlace
@@ -88,6 +90,9 @@ async def open_adapter(
         for index, tier_config in enumerate(config.tiers):
             tier = await _tier(tier_config, agent, name=f"{tier_config.kind}{index}")
             opened.push_async_callback(tier.close)
+            if tier_config.encryption is not None:
+                tier = await _encrypted(tier, tier_config.encryption, agent, config.transfer.staging)
+                opened.push_async_callback(tier.close)
             tiers.append(wrap_tier(tier))
         adapter = TierAdapter(
             codec,
@@ -173,6 +178,15 @@ async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:
     settings = DiskSettings(segment_bytes=config.segment_size, durability=config.durability)
     kind = SharedDiskTier if config.shared else DiskTier
     return await kind.open(agent, config.path, config.capacity, settings=settings, name=name)
+
+
+async def _encrypted(
+    inner: Tier, encryption: EncryptionConfig, agent: TransferAgent, staging_bytes: int
+) -> Tier:
+    keys = [await asyncio.to_thread(read_key, key.id, key.file) for key in encryption.keys]
+    # As much as the pool that plain objects pass through, and what sealing adds to it.
+    staging = await StagingPool.create(agent, staging_bytes + staging_bytes // 256 + 1024**2)
+    return EncryptedTier(inner, KeyRing(*keys), staging)
 
 
 async def _object_tier(config: ObjectTierConfig, name: str) -> Tier:

@@ -9,13 +9,28 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dynamo_kvtc.transfer.memory import MemorySpan
 
-__all__ = ["KEY_BYTES", "Namespace", "OnChange", "ReadRequest", "Tier", "TierKey", "TierStats"]
+__all__ = [
+    "KEY_BYTES",
+    "TENANT_BYTES",
+    "Namespace",
+    "OnChange",
+    "ReadRequest",
+    "Tier",
+    "TierKey",
+    "TierStats",
+    "tenant_of",
+]
 
-#: Bytes of a tier key (a BLAKE2b digest).
+#: Bytes of a tier key: a BLAKE2b digest, then the tenant's tag.
 KEY_BYTES = 32
+
+#: Bytes of the tag at a key's end: a digest of the salt alone, which an encrypted tier derives the tenant's
+#: key from. It tells which objects belong to one tenant, not to whom.
+TENANT_BYTES = 8
 
 #: A tier key. Opaque to tiers; derived by `Namespace.key`.
 TierKey = bytes
@@ -47,11 +62,21 @@ class Namespace:
 
     def key(self, sequence_hash: bytes) -> TierKey:
         """Derive the key of the tier block whose last block has this sequence hash."""
-        digest = hashlib.blake2b(digest_size=KEY_BYTES, person=b"kvtc-tier-key")
+        digest = hashlib.blake2b(digest_size=KEY_BYTES - TENANT_BYTES, person=b"kvtc-tier-key")
         for part in (self.artifact_id, self.layout.encode(), self.salt, sequence_hash):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
-        return digest.digest()
+        return digest.digest() + _tenant_tag(self.salt)
+
+
+@lru_cache(4096)
+def _tenant_tag(salt: bytes) -> bytes:
+    return hashlib.blake2b(salt, digest_size=TENANT_BYTES, person=b"kvtc-tenant").digest()
+
+
+def tenant_of(key: TierKey) -> bytes:
+    """Return the tenant's tag of a key."""
+    return key[-TENANT_BYTES:]
 
 
 @dataclass(frozen=True, slots=True)

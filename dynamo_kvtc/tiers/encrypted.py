@@ -1,0 +1,289 @@
+"""Encryption at rest: a tier around another tier, which sees sealed objects only.
+
+Owns: keys, sealing and opening, and staging memory for the sealed bytes. Does not own: where they live. The
+form of an object is `dynamo_kvtc.tiers.encryption_format`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from dynamo_kvtc.errors import (
+    KvtcError,
+    ObjectCorruptError,
+    ObjectMissingError,
+    TierClosedError,
+    TransferTimeoutError,
+)
+from dynamo_kvtc.tiers import encryption_format as form
+from dynamo_kvtc.tiers.base import OnChange, ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.encryption_keys import KeyRing
+from dynamo_kvtc.tiers.threads import run_all, run_to_end
+from dynamo_kvtc.transfer import MemorySpan, StagingPool
+
+__all__ = ["EncryptedTier"]
+
+#: Headers that are remembered, so that an object's second read needs one transfer only: 150 bytes each.
+_MOST_HEADERS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One read with the frames that it needs."""
+
+    request: ReadRequest
+    frames: form.Frames
+
+
+class _DoesNotOpenError(ObjectCorruptError):
+    def __init__(self, key: TierKey, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class EncryptedTier(Tier):
+    """Seals what goes into a tier and opens what comes out; what does not authenticate is a miss.
+
+    Sizes, offsets and ranges are those of plain objects; capacity and statistics are the inner tier's, of
+    sealed ones. Owns the inner tier and `staging`: `close` closes them.
+
+    Parameters
+    ----------
+    inner : Tier
+        Keeps the sealed objects.
+    ring : KeyRing
+        The keys.
+    staging : StagingPool
+        Memory for sealed bytes on their way, used by nothing else: whoever calls holds leases of the
+        other pool, and two users of one pool could wait for each other.
+    threads : int
+        Threads that seal and open.
+    """
+
+    def __init__(self, inner: Tier, ring: KeyRing, staging: StagingPool, *, threads: int = 2) -> None:
+        self.name = inner.name
+        self.inner = inner
+        self._ring, self._staging = ring, staging
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-seal")
+        self._headers: OrderedDict[TierKey, bytes] = OrderedDict()
+        #: Objects that did not authenticate and cannot be dropped yet, since somebody holds them.
+        self._refused: set[TierKey] = set()
+        self._corrupt_dropped = 0
+        self._closed = False
+        self._on_change: OnChange | None = None
+        inner.watch(self._changed)
+
+    async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
+        """Return how many leading `keys` are stored whole; see `Tier.contains_prefix`."""
+        count = await self.inner.contains_prefix(keys)
+        return next((index for index in range(count) if self.size_of(keys[index]) is None), count)
+
+    def size_of(self, key: TierKey) -> int | None:
+        """Return the plain size of an object in bytes, or None."""
+        if key in self._refused:
+            return None
+        sealed = self.inner.size_of(key)
+        return None if sealed is None else form.plain_size(sealed)
+
+    async def put(self, key: TierKey, source: MemorySpan, *, timeout_s: float) -> bool:
+        """Seal and store an object; see `Tier.put`."""
+        if source.nbytes < 1:
+            raise ValueError(f"an object has at least one byte: {source.nbytes}")
+        with self._explain_closed():
+            return await self._put(key, source, time.monotonic() + timeout_s)
+
+    async def _put(self, key: TierKey, source: MemorySpan, deadline: float) -> bool:
+        if self.size_of(key) is None and self.inner.size_of(key) is not None:
+            await self._drop(key)  # what is there cannot be read: make room for what can
+        if self.inner.size_of(key) is not None:
+            return False
+        async with self._staging.lease(form.sealed_size(source.nbytes), _left(deadline)) as span:
+            header = form.new_header(self._ring)
+            cipher = form.header_cipher(header, key, self._ring)
+            await self._run(partial(form.seal, cipher, header, key, source.view, span.view))
+            stored = await self.inner.put(key, span, timeout_s=_left(deadline))
+        if stored:
+            self._remember(key, header)
+        return stored
+
+    async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
+        """Read and open byte ranges; see `Tier.get`."""
+        with self._explain_closed():
+            await self._get(reads, time.monotonic() + timeout_s)
+
+    async def _get(self, reads: Sequence[ReadRequest], deadline: float) -> None:
+        located = [self._locate(read) for read in reads]
+        for batch in self._batches(located):
+            try:
+                remembered = await self._read_headers({one.request.key for one in batch}, deadline)
+                await self._read_frames(batch, deadline)
+            except _DoesNotOpenError as error:
+                if error.key not in remembered:
+                    self._refuse(error.key)
+                    raise
+                # Another worker may have replaced the object whose header was remembered.
+                self._headers.pop(error.key, None)
+                await self._get([one.request for one in batch], deadline)
+
+    @contextmanager
+    def _explain_closed(self) -> Iterator[None]:
+        """Once the tier is closed, whatever comes of a call is that it was closed."""
+        if self._closed:
+            raise TierClosedError(f"the {self.name} tier is closed")
+        try:
+            yield
+        except KvtcError as error:
+            if self._closed:
+                raise TierClosedError(f"the {self.name} tier was closed during the call") from error
+            raise
+
+    def _locate(self, read: ReadRequest) -> _Read:
+        size = self.size_of(read.key)
+        if size is None:
+            raise ObjectMissingError(f"no object {read.key.hex()} in the {self.name} tier")
+        if read.offset < 0:
+            raise ValueError(f"cannot read from offset {read.offset}")
+        if read.offset + read.into.nbytes > size:
+            self._refuse(read.key)
+            raise ObjectCorruptError(
+                f"object {read.key.hex()} in the {self.name} tier has {size} bytes, its reader needs bytes "
+                f"up to {read.offset + read.into.nbytes}; it is a miss"
+            )
+        return _Read(read, form.Frames.holding(size, read.offset, read.into.nbytes))
+
+    def _batches(self, reads: Sequence[_Read]) -> Iterable[list[_Read]]:
+        """Cut reads into batches whose sealed bytes fit into the staging memory."""
+        batch: list[_Read] = []
+        total = 0
+        for read in reads:
+            nbytes = read.frames.sealed_bytes
+            if batch and total + nbytes > self._staging.nbytes:
+                yield batch
+                batch, total = [], 0
+            batch.append(read)
+            total += nbytes
+        if batch:
+            yield batch
+
+    async def _read_headers(self, keys: set[TierKey], deadline: float) -> set[TierKey]:
+        """Read the headers that are not remembered; returns the keys of those that are."""
+        unknown = [key for key in keys if key not in self._headers]
+        if not unknown:
+            return keys
+        async with self._staging.lease(form.HEADER_BYTES * len(unknown), _left(deadline)) as span:
+            spans = [span.slice(i * form.HEADER_BYTES, form.HEADER_BYTES) for i in range(len(unknown))]
+            reads = [ReadRequest(key, 0, into) for key, into in zip(unknown, spans, strict=True)]
+            await self.inner.get(reads, timeout_s=_left(deadline))
+            for key, into in zip(unknown, spans, strict=True):
+                self._remember(key, bytes(into.view))
+        return keys.difference(unknown)
+
+    async def _read_frames(self, batch: list[_Read], deadline: float) -> None:
+        total = sum(read.frames.sealed_bytes for read in batch)
+        if not total:
+            return
+        headers = [self._headers.get(read.request.key) for read in batch]
+        if None in headers:
+            raise ObjectMissingError(f"an object went from the {self.name} tier while it was read")
+        async with self._staging.lease(total, _left(deadline)) as span:
+            spans, offset = [], 0
+            for read in batch:
+                spans.append(span.slice(offset, read.frames.sealed_bytes))
+                offset += read.frames.sealed_bytes
+            sealed = [
+                ReadRequest(read.request.key, read.frames.sealed_offset, into)
+                for read, into in zip(batch, spans, strict=True)
+                if into.nbytes
+            ]
+            await self.inner.get(sealed, timeout_s=_left(deadline))
+            works = [
+                partial(self._open, read, header or b"", into)
+                for read, header, into in zip(batch, headers, spans, strict=True)
+            ]
+            await run_all(self._executor, works)
+
+    def _open(self, read: _Read, header: bytes, sealed: MemorySpan) -> None:
+        request, key = read.request, read.request.key
+        try:
+            cipher = form.header_cipher(header, key, self._ring)
+            skip = request.offset - read.frames.plain_offset
+            form.open_frames(cipher, header, key, read.frames, sealed.view, skip, request.into.view)
+        except ObjectCorruptError as error:
+            raise _DoesNotOpenError(key, str(error)) from error
+
+    # --- objects that do not authenticate ---------------------------------------------------------
+
+    def _refuse(self, key: TierKey) -> None:
+        self._refused.add(key)
+        self._headers.pop(key, None)
+        self._corrupt_dropped += 1
+
+    async def _drop(self, key: TierKey) -> None:
+        if await self.inner.evict([key]):
+            self._refused.discard(key)
+
+    def _remember(self, key: TierKey, header: bytes) -> None:
+        self._headers[key] = header
+        self._headers.move_to_end(key)
+        while len(self._headers) > _MOST_HEADERS:
+            self._headers.popitem(last=False)
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    def pin(self, keys: Iterable[TierKey]) -> list[TierKey]:
+        """See `Tier.pin`."""
+        return self.inner.pin(key for key in keys if key not in self._refused)
+
+    def unpin(self, keys: Iterable[TierKey]) -> None:
+        """See `Tier.unpin`."""
+        self.inner.unpin(keys)
+
+    async def evict(self, keys: Iterable[TierKey]) -> int:
+        """See `Tier.evict`."""
+        return await self.inner.evict(keys)
+
+    async def clear(self) -> None:
+        """See `Tier.clear`."""
+        await self.inner.clear()
+
+    def watch(self, on_change: OnChange) -> None:
+        """See `Tier.watch`."""
+        self._on_change = on_change
+
+    def _changed(self, key: TierKey, stored: bool) -> None:
+        # A key may come back with another object.
+        self._refused.discard(key)
+        if not stored:
+            self._headers.pop(key, None)
+        if self._on_change is not None:
+            self._on_change(key, stored)
+
+    def stats(self) -> TierStats:
+        """Return the inner tier's counters, with the objects that did not authenticate among the damaged."""
+        stats = self.inner.stats()
+        return replace(stats, corrupt_dropped=stats.corrupt_dropped + self._corrupt_dropped)
+
+    async def close(self) -> None:
+        """Close the inner tier and release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await self.inner.close()
+        await self._staging.close()
+        self._executor.shutdown(wait=False)
+
+    async def _run(self, work: partial[None]) -> None:
+        await run_to_end(self._executor, work)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TransferTimeoutError("the deadline passed while objects were sealed or opened")
+    return left
