@@ -22,7 +22,7 @@ def main() -> None:
         options["kv_transfer_config"] = KVTransferConfig(**asked["connector"])
     llm = LLM(
         model=asked["model"],
-        dtype="float32",
+        dtype=asked.get("dtype", "float32"),
         max_model_len=2048,
         max_num_seqs=4,
         enforce_eager=True,

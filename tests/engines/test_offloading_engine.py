@@ -145,3 +145,51 @@ def test_a_second_process_is_served_from_disk(
     assert_same(salted["rounds"][0], plain)
     assert salted["rounds"][0][0]["cached"] == 0
     assert salted["metrics"].get("vllm:kvtc_onboarded_chunks", 0) == 0
+
+
+def our_spec(folder: Path, **ours: Any) -> dict[str, Any]:
+    """The connector with our spec in the place of vLLM's, and a host tier."""
+    tiers = [
+        {"kind": "host", "capacity": "256MiB"},
+        {"kind": "disk", "path": str(folder / "disk"), "capacity": "1GiB"},
+    ]
+    settings = connector(folder, tiers=tiers, **ours)
+    extra = settings["kv_connector_extra_config"]
+    extra["spec_name"], extra["spec_module_path"] = (
+        "KvtcOffloadingSpec",
+        "dynamo_kvtc.adapters.vllm_offloading",
+    )
+    del extra["cpu_bytes_to_use"], extra["secondary_tiers"]
+    return settings
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_our_spec_serves_the_second_turn(model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    answered = serve(model, prompts, our_spec(tmp_path), rounds=2)
+    computed, loaded = answered["rounds"]
+    assert computed[0]["cached"] == 0 and loaded[0]["cached"] == 4 * CHUNK
+    assert_same(loaded, computed)
+    assert answered["metrics"]["vllm:kvtc_offloaded_chunks"] == 5
+    assert answered["metrics"]["vllm:kvtc_onboarded_chunks"] >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_compressed_chunks_change_answers_little(
+    model: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    artifact = os.environ.get("DYNAMO_KVTC_TEST_ARTIFACT")
+    if artifact is None:
+        pytest.skip("DYNAMO_KVTC_TEST_ARTIFACT names no artifact of SmolLM2-135M for bfloat16")
+    profile = json.loads((Path(artifact) / "artifact.json").read_text())["profile"]
+    ours = {"artifact": artifact, "codec": {"profile": profile, "ratio": 20, "threads": 2}}
+    answered = serve(model, prompts, our_spec(tmp_path, **ours), rounds=2, dtype="bfloat16")
+    computed, loaded = answered["rounds"]
+    metrics = answered["metrics"]
+    # The fourth chunk ends inside the recent window.
+    assert loaded[0]["cached"] == 3 * CHUNK
+    ratio = metrics["vllm:kvtc_offloaded_raw_bytes"] / metrics["vllm:kvtc_offloaded_stored_bytes"]
+    assert ratio > 10
+    for answer, wanted in zip(loaded, computed, strict=True):
+        assert answer["logprobs"][0] == pytest.approx(wanted["logprobs"][0], abs=0.5)

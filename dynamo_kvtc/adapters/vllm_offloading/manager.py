@@ -55,12 +55,14 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
     ----------
     shared : SharedTiers
         What the worker's side has opened.
+    medium : Medium
+        Of the first tier, for KV events.
     events : bool
         Collect KV events.
     """
 
-    def __init__(self, shared: SharedTiers, *, events: bool) -> None:
-        self._shared, self._store = shared, shared.store
+    def __init__(self, shared: SharedTiers, *, medium: Medium, events: bool) -> None:
+        self._shared, self._store, self._medium = shared, shared.store, medium
         self._keys = KeyReader(shared.policy.tier_block_tokens)
         self._metrics = TierMetrics()
         self._job_ids = itertools.count()
@@ -98,7 +100,13 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Promise a chunk that is in the buffer; begin to fetch one that is stored."""
         self._collect()
-        self._metrics.lookups += 1
+        result = self._look_up(key, req_context)
+        # A chunk that is awaited is asked for in every step; it counts once it is decided.
+        self._metrics.lookups += result is not LookupResult.HIT_PENDING
+        self._metrics.hits += result is LookupResult.HIT
+        return result
+
+    def _look_up(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         index = self._keys.index(key, req_context)
         unservable = self._unservable.get(req_context.req_id)
         if index is None or unservable is None or key in unservable:
@@ -109,10 +117,7 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         staged.requests.add(req_context.req_id)
         self._counted_on[req_context.req_id].add(key)
         self._staged.move_to_end(key)
-        if not staged.ready:
-            return LookupResult.HIT_PENDING
-        self._metrics.hits += 1
-        return LookupResult.HIT
+        return LookupResult.HIT if staged.ready else LookupResult.HIT_PENDING
 
     def _begin(self, key: OffloadKey, index: int, req_id: str) -> _Staged | None:
         block_hash = get_offload_block_hash(key)
@@ -228,7 +233,7 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         return () if self._announced is None else self._announced.take()
 
     def _event(self, keys: list[OffloadKey], removed: bool) -> OffloadingEvent:
-        return OffloadingEvent(keys=keys, medium=Medium.CPU, removed=removed, removal_expected=True)
+        return OffloadingEvent(keys=keys, medium=self._medium, removed=removed, removal_expected=True)
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """Return what has changed since the last call."""

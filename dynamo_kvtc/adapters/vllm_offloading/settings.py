@@ -31,8 +31,10 @@ class ModelCache:
 
     Attributes
     ----------
-    chunk_tokens : int
-        Tokens of a row.
+    block_size : int
+        Tokens of a block of the engine.
+    blocks_per_chunk : int
+        Blocks of the engine in a chunk.
     layer_order : tuple[int, ...]
         Which layer of the model each run of a row's pages belongs to.
     rope : RopeParameters or None

@@ -6,7 +6,6 @@ read, verified and decoded into a buffer of plain host memory; loading it is a c
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 
@@ -18,9 +17,7 @@ from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 from dynamo_kvtc.policy import OffloadPolicy
 
-__all__ = ["SharedTiers", "find_shared", "publish_shared"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["SharedTiers", "find_shared", "make_buffer", "publish_shared"]
 
 
 @dataclass(slots=True)
@@ -35,8 +32,14 @@ class SharedTiers:
         Plain host memory; slot i is the blocks of one chunk.
     store : ChunkStore
         Loads into the buffer.
+    policy : OffloadPolicy
+        What is worth storing.
+    salt : bytes
+        Part of every key.
     slots : int
         Chunks that the buffer holds.
+    blocks_per_chunk : int
+        Blocks of the engine in a chunk.
     """
 
     adapter: ThreadedTierAdapter
@@ -51,6 +54,9 @@ class SharedTiers:
     def close(self) -> None:
         """Close the tiers. Idempotent."""
         self.store.close()
+        with _LOCK:
+            for engine_id in [name for name, shared in _OPEN.items() if shared is self]:
+                del _OPEN[engine_id]
 
 
 _OPEN: dict[str, SharedTiers] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
+    Medium,
     OffloadingManager,
     OffloadingMetricMetadata,
     OffloadingSpec,
@@ -71,7 +72,8 @@ class KvtcOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # untyped where
         if self._manager is None:
             shared = find_shared(self.config.engine_id)
             events = self.kv_events_config.enable_kv_cache_events
-            self._manager = KvtcOffloadingManager(shared, events=events)
+            medium = Medium.CPU if self._settings.tiers[0].kind == "host" else Medium.STORAGE
+            self._manager = KvtcOffloadingManager(shared, medium=medium, events=events)
         return self._manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:

@@ -20,7 +20,7 @@ __all__ = ["KvtcLoadStoreSpec", "KvtcOffloadingWorker"]
 _log = logging.getLogger(__name__)
 
 #: How long vLLM may wait for blocks to be copied out before they are given up.
-_PATIENCE_S = 5.0
+_PATIENCE_S = 0.1
 
 
 @dataclass
