@@ -165,6 +165,10 @@ def test_events_and_metrics(tmp_path: Path) -> None:
         stored(host, keys)
         events = list(host.manager.take_events())
         assert {key for event in events for key in event.keys} == set(keys)
+        deadline = time.monotonic() + 60
+        while host.manager._shared.adapter.counters.snapshot().offloaded_blocks < 3:
+            assert time.monotonic() < deadline, "chunks are stored and not counted"
+            time.sleep(0.005)
         stats = host.manager.get_stats()
         assert stats is not None and stats.reduce()["vllm:kvtc_offloaded_chunks"] == 3
         assert set(stats.data["data"]) <= set(KvtcOffloadingSpec.build_metric_definitions({}))
