@@ -159,7 +159,8 @@ def our_spec(folder: Path, **ours: Any) -> dict[str, Any]:
         "KvtcOffloadingSpec",
         "dynamo_kvtc.adapters.vllm_offloading",
     )
-    del extra["cpu_bytes_to_use"], extra["secondary_tiers"]
+    extra["config"] = extra.pop("secondary_tiers")[0]["config"]
+    del extra["cpu_bytes_to_use"]
     return settings
 
 
