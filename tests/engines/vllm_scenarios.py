@@ -6,6 +6,7 @@ Every scenario starts a real engine in-process (float32, eager) and prints one J
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -69,11 +70,10 @@ class Engine:
             model=str(resolve_model("builtin:smollm2")),
             dtype=dtype,
             enforce_eager=True,
-            max_model_len=1024,
             block_size=BLOCK,
             max_num_seqs=4,
             max_num_batched_tokens=128,  # so that prefills are chunked
-            **options,
+            **{"max_model_len": 1024, **options},
         )
         self._sampling = SamplingParams
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
@@ -235,17 +235,26 @@ def served(folder: Path) -> dict[str, Any]:
     return result
 
 
+def damage(folder: Path) -> None:
+    """Invert 64 bytes in every MiB, so that no tier block is left sound."""
+    for segment in folder.rglob("*"):
+        size = segment.stat().st_size
+        if segment.is_file() and size > 1 << 20:
+            with segment.open("r+b") as file:
+                for offset in range(1 << 16, size - 64, 1 << 20):
+                    file.seek(offset)
+                    found = file.read(64)
+                    file.seek(offset)
+                    file.write(bytes(byte ^ 0xFF for byte in found))
+
+
 def restarted(folder: Path) -> dict[str, Any]:
     """Serve what `served` left on the disk, layer by layer; then what is damaged there."""
     engine = Engine(folder, tiers=DISK, load="layerwise")
     long = prompts(engine)["long"]
     result: dict[str, Any] = {"long": engine.generate(long)[0]}
     engine.forget_local()
-    for segment in (folder / "disk").rglob("*"):
-        if segment.is_file() and segment.stat().st_size > 1 << 20:
-            with segment.open("r+b") as file:
-                file.seek(1 << 20)
-                file.write(bytes(range(256)) * 4096)
+    damage(folder / "disk")
     result["damaged"] = engine.generate(long)[0]
     result["counters"] = engine.counters()
     engine.forget_local()
@@ -295,7 +304,7 @@ def faults(folder: Path) -> dict[str, Any]:
 
 def crowded(folder: Path) -> dict[str, Any]:
     """More requests than the cache has room for."""
-    engine = Engine(folder, tiers=HOST, num_gpu_blocks_override=24)
+    engine = Engine(folder, tiers=HOST, num_gpu_blocks_override=24, max_model_len=640)
     texts = crowd(engine)
     result: dict[str, Any] = {"crowd": engine.generate(*texts, tokens=80), "preemptions": engine.preemptions}
     engine.forget_local()
@@ -305,6 +314,48 @@ def crowded(folder: Path) -> dict[str, Any]:
     return result
 
 
+def compressed(folder: Path, artifact: str) -> dict[str, Any]:
+    """Next-token distributions behind a prefix as vLLM computed it and as the tier gave it back."""
+    engine = Engine(
+        folder,
+        tiers=HOST,
+        codec="{profile: rd, ratio: 20}",
+        artifact=f"artifact: {artifact}\n",
+        dtype="bfloat16",
+    )
+    prefix = engine.tokens(0, 512)
+    tails = [engine.tokens(1000 + 100 * index, 12 + 8 * index) for index in range(6)]
+    sampling = engine._sampling(temperature=0, max_tokens=1, logprobs=20)
+
+    def ask() -> tuple[list[dict[int, float]], list[int]]:
+        tops, cached = [], []
+        for tail in tails:
+            output = engine.llm.generate([{"prompt_token_ids": [*prefix, *tail]}], sampling, use_tqdm=False)[
+                0
+            ]
+            tops.append({token: one.logprob for token, one in output.outputs[0].logprobs[0].items()})
+            cached.append(output.num_cached_tokens)
+        return tops, cached
+
+    exact, _ = ask()
+    engine.forget_local()
+    lossy, cached = ask()
+    divergences = [
+        sum(math.exp(p) * (p - there[token]) for token, p in here.items() if token in there)
+        for here, there in zip(exact, lossy, strict=True)
+    ]
+    result = {
+        "cached": cached,
+        "divergence": sum(divergences) / len(divergences),
+        "same_first": sum(
+            max(a, key=a.__getitem__) == max(b, key=b.__getitem__) for a, b in zip(exact, lossy, strict=True)
+        ),
+        "counters": engine.counters(),
+    }
+    engine.close()
+    return result
+
+
 if __name__ == "__main__":
-    outcome = globals()[sys.argv[1]](Path(sys.argv[2]))
+    outcome = globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
     print("\n" + json.dumps(outcome))
