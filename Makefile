@@ -6,6 +6,7 @@
 #                      CUDA along, PyTorch's own CPU index is used if this is not given
 #   DEMO_ARGS=…        arguments of `dynamo-kvtc demo`
 #   PYTEST_ARGS=…      arguments of pytest
+#   REPLAY_ARGS=…     arguments of `python -m benchmarks.replay`
 #   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
 #   FUZZ_ARGS=…        arguments of `python -m benchmarks.fuzz`
 #   SIMULATION_ARGS=…  arguments of `python -m benchmarks.simulation`
@@ -28,7 +29,7 @@ ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check --quiet
 VLLM ?= 0.31.0
 DYNAMO := 1.6.1
 
-.PHONY: demo demo-short test e2e e2e-ci lint types schema manifests docs quality quality-quick engine clean help
+.PHONY: demo demo-short test e2e e2e-ci lint types schema manifests docs quality quality-quick replay engine clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,6 +68,10 @@ docs: $(VENV)/.demo  ## Write the API reference to build/api
 
 quality: $(VENV)/.demo  ## Compare codecs on tasks and models: hours, and a model is downloaded
 	$(VENV)/bin/python -m benchmarks.quality run $(QUALITY_ARGS)
+
+replay: $(VENV)/.demo  ## Replay conversations with and without tiers; makes the demo's artifact if there is none
+	test -d demo-output/artifact || $(KVTC) demo --short
+	$(VENV)/bin/python -m benchmarks.replay $(REPLAY_ARGS)
 
 quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's model
 	$(VENV)/bin/python -m benchmarks.quality run --quick --out quality-quick-output $(QUALITY_ARGS)

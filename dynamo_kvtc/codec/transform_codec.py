@@ -127,6 +127,11 @@ class TransformCodec(KvCodec):
         self._sides_lock = threading.Lock()
         self._map: Mapper = ThreadPoolExecutor(threads, "entropy").map if threads > 1 else map
 
+    @property
+    def plan_id(self) -> int | None:
+        """The plan that is encoded with; None in a codec for decoding only."""
+        return self._plan_id
+
     # --- sizes -----------------------------------------------------------------------------------
 
     def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from dynamo_kvtc.config.sections import (
     ConfigPath,
@@ -30,6 +30,7 @@ __all__ = [
     "Config",
     "DiskTierConfig",
     "EncryptionConfig",
+    "GuardConfig",
     "HostTierConfig",
     "ObjectTierConfig",
     "ObservabilityConfig",
@@ -84,6 +85,17 @@ class CodecConfig(Section):
         return _DEFAULT_RATIOS.get(self.profile)
 
 
+class GuardConfig(Section):
+    """The quality guard: stored blocks are decoded again and compared with what the artifact states."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.015625
+    """Share of the tier blocks that are checked when they are stored; 0 turns the guard off. Not with raw."""
+
+    tolerance: Annotated[float, Field(ge=1, le=1000)] = 2.5
+    """Measured over expected squared error from which on a gentler plan is taken, and storing stops when
+    there is none left."""
+
+
 class PolicyConfig(Section):
     """Which tokens are offloaded."""
 
@@ -109,6 +121,9 @@ class PolicyConfig(Section):
 
     hysteresis: Annotated[float, Field(ge=0, le=10)] = 0.2
     """By which share onboarding must be faster than recomputing to be promised again after a refusal."""
+
+    guard: Annotated[GuardConfig, BeforeValidator(null_is_empty)] = GuardConfig()
+    """Whether stored blocks come back as well as the artifact states."""
 
     @model_validator(mode="after")
     def _sinks_fit(self) -> PolicyConfig:

@@ -129,7 +129,7 @@ def _states(*path: str, states: tuple[str, ...]) -> Callable[[Status], Iterator[
 
 
 #: States of the quality guard, from the least to the most severe.
-GUARD_STATES = ("off", "ok", "raised", "raw")
+GUARD_STATES = ("off", "ok", "raised", "stopped")
 
 
 def _counter(name: str, text: str, read: Any, *labels: str) -> Metric:
@@ -256,7 +256,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("onboards_active", "Onboards under way.", _at("onboards_active")),
     _gauge(
         "guard_state",
-        "1 for the quality guard's state: off, ok, raised (a gentler plan), raw (nothing is compressed).",
+        "1 for the quality guard's state: off, ok, raised (a gentler plan), stopped (nothing is stored).",
         _states("guard", "state", states=GUARD_STATES),
         "state",
     ),

@@ -14,9 +14,10 @@ from dynamo_kvtc import __version__
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
-from dynamo_kvtc.observability import Counters, MetricsEndpoint, Snapshot
+from dynamo_kvtc.observability import Action, Counters, MetricsEndpoint, Snapshot
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
 from dynamo_kvtc.pipeline.events import EventLog
+from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
@@ -32,6 +33,9 @@ __all__ = ["AdapterStatus", "TierAdapter"]
 
 _log = logging.getLogger(__name__)
 
+#: What a status says of a quality guard that is not there.
+_OFF: Mapping[str, Any] = {"state": "off", "level": 0, "error_ratio": None, "checks": {}, "seconds": 0.0}
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
@@ -46,6 +50,7 @@ class AdapterStatus:
     failed_puts: int = 0
     artifact: Mapping[str, Any] = field(default_factory=dict)
     speeds: Mapping[str, Any] = field(default_factory=dict)
+    guard: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
 
@@ -84,6 +89,8 @@ class TierAdapter:
         Decides by cost what is promised and what is stored; by default with nothing but what is measured.
     encoder : str
         Name of what `codec` encodes with, for measurements and metrics.
+    guarded : GuardedEncoder, optional
+        Encodes in place of `codec`, under the quality guard.
     """
 
     def __init__(
@@ -104,12 +111,13 @@ class TierAdapter:
         store_timeout_s: float = 30.0,
         costs: CostPolicy | None = None,
         encoder: str = "default",
+        guarded: GuardedEncoder | None = None,
     ) -> None:
         policy.check_block_size(block_size)
         self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
         self.counters = Counters()
         self.costs = costs or CostPolicy(Speeds())
-        self._encoder = encoder
+        self._encoder, self._guarded = encoder, guarded
         tiers.on_read = self.costs.speeds.read
         self._agent, self._staging = agent, staging
         self._artifact_id, self._salt = artifact_id, salt
@@ -129,6 +137,7 @@ class TierAdapter:
             timeout_s=store_timeout_s,
             speeds=self.costs.speeds,
             encoder=encoder,
+            guarded=guarded,
         )
         self._onboarder = Onboarder(
             codec, tiers, staging, policy, self.counters, self._onboard_threads, onboard, self.costs.speeds
@@ -218,8 +227,11 @@ class TierAdapter:
         """Decide about `wanted` of the `count` leading tier blocks of a sequence."""
         if not wanted:
             return False
-        tier = self.tiers.tiers[0].name
-        action = self.costs.store(count, self.policy.tier_block_tokens, self._encoder, tier)
+        tier, encoder, step = self.tiers.tiers[0].name, self._encoder, self.policy.tier_block_tokens
+        if self._guarded is not None:
+            encoder = self._guarded.current.name
+        stopped = self._guarded is not None and self._guarded.guard.stopped
+        action: Action = "skip" if stopped else self.costs.store(count, step, encoder, tier)
         self.counters.decided("offload", action, wanted)
         _log.debug("offload", extra={"kvtc": {"action": action, "tier_blocks": wanted, "of_sequence": count}})
         return action != "skip"
@@ -293,6 +305,7 @@ class TierAdapter:
             failed_puts=self.tiers.failed_puts,
             artifact=self.artifact,
             speeds=self.costs.speeds.to_dict(),
+            guard=_OFF if self._guarded is None else self._guarded.guard.to_dict(),
             policy={**asdict(self.policy), **asdict(self.costs.settings)},
         )
 

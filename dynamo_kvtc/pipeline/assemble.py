@@ -6,22 +6,26 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from statistics import fmean
 from typing import Any
 
-from dynamo_kvtc.calibration.artifact import load_artifact
+from dynamo_kvtc.calibration.artifact import Artifact, load_artifact
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
+from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.config import Config, EncryptionConfig, HostTierConfig, ObjectTierConfig, TierConfig
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.expose import expose
+from dynamo_kvtc.pipeline.guarded import GuardedEncoder, Level
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import CostPolicy, CostSettings, OffloadPolicy, Speeds
+from dynamo_kvtc.policy.guard import GuardSettings, QualityGuard
 from dynamo_kvtc.tiers.base import Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.encrypted import EncryptedTier
@@ -75,7 +79,9 @@ async def open_adapter(
     cores = len(os.sched_getaffinity(0))
     policy = offload_policy(config)
     policy.check_block_size(block_size)
-    codec, artifact_id = await asyncio.to_thread(_codec, config, geometry, rope)
+    codec, artifact = await asyncio.to_thread(_codec, config, geometry, rope)
+    artifact_id = bytes(ARTIFACT_ID_BYTES) if artifact is None else artifact.parameters.artifact_id
+    encoder = " ".join(name for name in _encoder(config).values() if name)
     async with AsyncExitStack() as opened:
         agent = await opened.enter_async_context(
             await TransferAgent.create(
@@ -112,7 +118,8 @@ async def open_adapter(
             decode_threads=config.pipeline.decode_threads or min(_MOST_DECODE_THREADS, cores),
             store_timeout_s=config.transfer.timeout,
             costs=_costs(config),
-            encoder=" ".join(name for name in _encoder(config).values() if name),
+            encoder=encoder,
+            guarded=None if artifact is None else _guarded(config, codec, artifact, encoder),
         )
         adapter.artifact = {"id": artifact_id.hex(), **_encoder(config)}
         if config.observability.metrics_port is not None:
@@ -145,10 +152,29 @@ def offload_policy(config: Config) -> OffloadPolicy:
     )
 
 
-def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) -> tuple[KvCodec, bytes]:
+def _guarded(config: Config, codec: KvCodec, artifact: Artifact, encoder: str) -> GuardedEncoder | None:
+    """Put the quality guard around the codec, with the artifact's gentler plans behind it."""
+    settings = GuardSettings(config.policy.guard.share, config.policy.guard.tolerance)
+    if not settings.share or not isinstance(codec, TransformCodec) or codec.plan_id is None:
+        return None
+    ratios = artifact.parameters.ratios
+    gentler = sorted((one for one in ratios.values() if one < ratios[codec.plan_id]), reverse=True)
+    levels = [Level(encoder, codec)]
+    levels += [
+        Level(f"{config.encoding.profile} ratio={ratio:g}", _open(config, artifact, ratio=ratio))
+        for ratio in gentler
+    ]
+    stated = next(one for one in artifact.manifest.expected_error if one.plan_id == codec.plan_id)
+    expected = fmean([*stated.keys, *stated.values])
+    return GuardedEncoder(QualityGuard(settings, len(levels)), levels, expected)
+
+
+def _codec(
+    config: Config, geometry: KvGeometry, rope: RopeParameters | None
+) -> tuple[KvCodec, Artifact | None]:
     wanted = config.encoding
     if wanted.profile == "raw":
-        return RawCodec(geometry), bytes(ARTIFACT_ID_BYTES)
+        return RawCodec(geometry), None
     if config.artifact is None:
         raise ConfigError(f"codec.profile {wanted.profile} needs an artifact")
     artifact = load_artifact(config.artifact)
@@ -158,16 +184,23 @@ def _codec(config: Config, geometry: KvGeometry, rope: RopeParameters | None) ->
             f"codec.profile to {found}, or calibrate with `dynamo-kvtc calibrate --profile {wanted.profile}`"
         )
     artifact.check_model(geometry, rope or artifact.parameters.rope)
-    codec = open_codec(
+    codec = _open(config, artifact, ratio=wanted.plan_ratio, max_kl=wanted.max_kl)
+    codec.warm_up()
+    return codec, artifact
+
+
+def _open(
+    config: Config, artifact: Artifact, *, ratio: float | None, max_kl: float | None = None
+) -> TransformCodec:
+    wanted = config.encoding
+    return open_codec(
         artifact.parameters,
-        ratio=wanted.plan_ratio,
-        max_kl=wanted.max_kl,
+        ratio=ratio,
+        max_kl=max_kl,
         sink_bits=wanted.sink_bits,
         compute_dtype=wanted.compute_dtype,
         threads=wanted.threads or len(os.sched_getaffinity(0)),
     )
-    codec.warm_up()
-    return codec, artifact.parameters.artifact_id
 
 
 async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:

@@ -26,6 +26,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.observability import Counters, DropReason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
+from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
@@ -144,6 +145,8 @@ class Offloader:
         Where the measured speed of encoding goes.
     encoder : str
         Under which name it goes there.
+    guarded : GuardedEncoder, optional
+        Encodes in place of `codec`, which decodes what it makes.
     """
 
     def __init__(
@@ -160,7 +163,9 @@ class Offloader:
         timeout_s: float = 30.0,
         speeds: Speeds | None = None,
         encoder: str = "default",
+        guarded: GuardedEncoder | None = None,
     ) -> None:
+        self._guarded = guarded
         self._speeds, self._encoder = Speeds() if speeds is None else speeds, encoder
         self._codec, self._tiers, self._staging = codec, tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
@@ -272,6 +277,7 @@ class Offloader:
             return []
         try:
             start = time.perf_counter()
+            encoder = self._encoder if self._guarded is None else self._guarded.current.name
             with self._counters.timed("encode"):
                 encoded = await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
         except Exception as error:
@@ -280,12 +286,12 @@ class Offloader:
         sizes = [len(item.stream) for item in encoded if isinstance(item.stream, bytes)]
         if len(sizes) == len(jobs):
             tokens = sum(job.ref.num_tokens for job in jobs)
-            self._speeds.encoded(self._encoder, tokens, sum(sizes), time.perf_counter() - start)
+            self._speeds.encoded(encoder, tokens, sum(sizes), time.perf_counter() - start)
         return encoded
 
     def _encode(self, jobs: list[_Job], blocks: list[TierBlock]) -> list[_Encoded]:
         try:
-            streams: list[bytes | Exception] = list(self._codec.encode(blocks))
+            streams: list[bytes | Exception] = list((self._guarded or self._codec).encode(blocks))
         except Exception:
             # One bad block (NaN, say) must not take the others of its batch with it.
             streams = [self._encode_alone(block) for block in blocks]
@@ -293,7 +299,7 @@ class Offloader:
 
     def _encode_alone(self, block: TierBlock) -> bytes | Exception:
         try:
-            return self._codec.encode([block])[0]
+            return (self._guarded or self._codec).encode([block])[0]
         except Exception as error:
             return error
 

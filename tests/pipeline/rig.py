@@ -16,6 +16,7 @@ from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.policy import OffloadPolicy
@@ -110,6 +111,7 @@ async def open_rig(
     onboard: OnboardSettings | None = None,
     policy: OffloadPolicy = POLICY,
     codec: KvCodec | None = None,
+    guarded: GuardedEncoder | None = None,
     store_timeout_s: float = 10.0,
     wrap_agent: Callable[[TransferAgent], TransferAgent] = lambda agent: agent,
 ) -> AsyncIterator[Rig]:
@@ -131,6 +133,7 @@ async def open_rig(
                 policy,
                 BLOCK_SIZE,
                 onboard=onboard,
+                guarded=guarded,
                 queue_limit=queue_limit,
                 store_timeout_s=store_timeout_s,
             )

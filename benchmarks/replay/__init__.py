@@ -1,0 +1,1 @@
+"""Replay of multi-turn conversations through the real stack, against doing without it."""
