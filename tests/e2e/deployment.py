@@ -66,8 +66,8 @@ class Worker:
         ``--kv-transfer-config``.
     mode : str
         ``agg``, ``prefill`` or ``decode``.
-    events : bool
-        Whether it publishes KV events.
+    prefix_caching : bool
+        Of vLLM; without it Dynamo publishes no KV events.
     """
 
     def __init__(
@@ -78,9 +78,7 @@ class Worker:
         kv_transfer: KvTransferConfig | None = None,
         mode: str = "agg",
         dtype: str = "bfloat16",
-        events: bool = True,
         prefix_caching: bool = True,
-        environment: dict[str, str] | None = None,
         arguments: tuple[str, ...] = (),
     ) -> None:
         self.name, self.system_port = name, free_port()
@@ -93,12 +91,10 @@ class Worker:
             command += ["--kv-transfer-config", json.dumps(kv_transfer)]
         if not prefix_caching:
             command += ["--no-enable-prefix-caching"]
-        elif events:
+        else:
             publisher = {"enable_kv_cache_events": True, "publisher": "zmq", "topic": "kv-events"}
             endpoint = {"endpoint": f"tcp://*:{free_port()}"}
             command += ["--kv-events-config", json.dumps(publisher | endpoint)]
-        else:
-            command += ["--kv-events-config", json.dumps({"enable_kv_cache_events": False})]
         own = {
             "DYN_SYSTEM_PORT": str(self.system_port),
             "DYN_FORWARDPASS_METRIC_PORT": str(free_port()),
@@ -107,7 +103,7 @@ class Worker:
             "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("E2E_CORES") or deployment.next_core(),
         }
         log = deployment.folder / f"{name}.log"
-        self.process = Managed(name, command, deployment.environment | own | (environment or {}), log)
+        self.process = Managed(name, command, deployment.environment | own, log)
         deployment.own(self.process)
 
     def wait_ready(self) -> None:
