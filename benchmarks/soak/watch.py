@@ -20,15 +20,16 @@ _INTERVAL_S = 0.002
 
 
 class LoopWatch:
-    """Measures how late a task of the loop is woken.
+    """Measures how late a task of the loop is woken, and how long each callback keeps the loop to itself.
 
     Attributes
     ----------
     late_ms : list[float]
-        Of every wake-up, by how much it came after its time. On a busy machine the scheduler's share is in
-        it; `cpu_ms` has the processor time that the loop's thread used meanwhile.
-    stacks : dict[str, int]
-        Where the loop's thread was when it had not answered for 10 ms, and how often.
+        Of every wake-up, by how much it came after its time: many short callbacks in a row, and on a busy
+        machine everybody else's work, are in it.
+    callbacks : dict[str, tuple[int, float, float]]
+        By the name of its task or function: calls, the longest one's processor time, and that of all, in
+        ms. Garbage collection that strikes the loop's thread is in it.
     """
 
     def __init__(self) -> None:
