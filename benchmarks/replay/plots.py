@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,7 @@ def plot_replay(result: Mapping[str, Any], path: Path) -> None:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes[1, column].set(title=f"{name}: where tokens came from", xlabel="share", xlim=(0, 1))
         axes[1, column].invert_yaxis()
-        axes[1, column].legend(loc="lower right", fontsize="small")
+        axes[1, column].legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -95,9 +96,18 @@ def plot_dashboard(scrapes: Sequence[Mapping[str, Any]], path: Path) -> None:
     restarts = [b["seconds"] for a, b in pairwise(scrapes) if a["process"] != b["process"]]
     for one, (title, series) in zip(axes.flat, panels, strict=True):
         for key, label in series:
-            known = [(s["seconds"], s["values"].get(f"dynamo_kvtc_{key}")) for s in scrapes]
-            known = [point for point in known if point[1] is not None]
-            one.plot([x for x, _ in known], [y for _, y in known], label=label, marker=".", linewidth=1)
+            times, values, process = [], [], 0
+            for each in scrapes:
+                value = each["values"].get(f"dynamo_kvtc_{key}")
+                if value is None:
+                    continue
+                if each["process"] != process:  # counters begin anew: no line between the two
+                    times.append(each["seconds"])
+                    values.append(math.nan)
+                    process = each["process"]
+                times.append(each["seconds"])
+                values.append(value)
+            one.plot(times, values, label=label, marker=".", linewidth=1)
         for moment in restarts:
             one.axvline(moment, color="grey", linestyle=":", linewidth=1)
         one.set_title(title, fontsize="medium")

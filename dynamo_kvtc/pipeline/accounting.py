@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.observability import Counters, Outcome, error_type, miss_reason
+from dynamo_kvtc.observability.tracing import Part, trace_onboard
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.timeline import Timeline
 from dynamo_kvtc.policy import Speeds
@@ -83,6 +84,21 @@ class EndedOnboard:
             counters.recompute_avoided(tokens / speeds.prefill)
         if self.outcome == "complete":
             speeds.onboarded(tokens, wall_s=seconds, transfer_s=transfer_s, decode_s=decode_s)
+        trace_onboard(
+            self.timeline.origin,
+            seconds,
+            {
+                "kvtc.outcome": self.outcome,
+                "kvtc.tokens": tokens,
+                "kvtc.stored_bytes": self.stored_bytes,
+                "kvtc.overlap": self.timeline.overlap,
+            },
+            [
+                Part(one.stage, one.start, one.stop, {"group": one.group, "tier_blocks": one.num_blocks})
+                for one in self.timeline.intervals
+            ],
+            failed=self.outcome != "complete",
+        )
         if _log.isEnabledFor(logging.DEBUG):
             fields = {
                 "outcome": self.outcome,
