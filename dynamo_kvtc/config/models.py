@@ -195,6 +195,9 @@ class SecurityConfig(Section):
     """Part of every tier key: processes with different salts never see each other's blocks. Better set
     by the environment than in a file."""
 
+    open_folders: Literal["warn", "refuse", "allow"] = "warn"
+    """What to do at start about a disk tier's folder that others than its owner have access to."""
+
 
 class Config(Section):
     """The configuration of dynamo_kvtc."""

@@ -17,7 +17,14 @@ from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.codec.transform_codec import TransformCodec
-from dynamo_kvtc.config import Config, EncryptionConfig, HostTierConfig, ObjectTierConfig, TierConfig
+from dynamo_kvtc.config import (
+    Config,
+    DiskTierConfig,
+    EncryptionConfig,
+    HostTierConfig,
+    ObjectTierConfig,
+    TierConfig,
+)
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
@@ -26,6 +33,7 @@ from dynamo_kvtc.pipeline.guarded import GuardedEncoder, Level
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import CostPolicy, CostSettings, OffloadPolicy, Speeds
 from dynamo_kvtc.policy.guard import GuardSettings, QualityGuard
+from dynamo_kvtc.tiers.access import check_private
 from dynamo_kvtc.tiers.base import Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.encrypted import EncryptedTier
@@ -94,6 +102,8 @@ async def open_adapter(
         opened.push_async_callback(staging.close)
         tiers: list[Tier] = []
         for index, tier_config in enumerate(config.tiers):
+            if isinstance(tier_config, DiskTierConfig):
+                await asyncio.to_thread(check_private, tier_config.path, config.security.open_folders)
             tier = await _tier(tier_config, agent, name=f"{tier_config.kind}{index}")
             opened.push_async_callback(tier.close)
             if tier_config.encryption is not None:
