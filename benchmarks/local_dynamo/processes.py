@@ -95,11 +95,12 @@ class Managed:
 
     def kill(self) -> None:
         """End it and all it started at once, as a crash would. Idempotent."""
+        left = self._shared_memory()
         self._signal(signal.SIGKILL)
         self._process.wait(10)
         # A process in the group may outlive its leader by a moment.
         wait_until(lambda: not self._group_alive(), f"{self.name}'s processes are gone", timeout_s=10)
-        for path in set(SHARED_MEMORY.glob(LEFTOVERS)) - self._leftovers:
+        for path in (set(SHARED_MEMORY.glob(LEFTOVERS)) - self._leftovers) | left:
             path.unlink(missing_ok=True)
 
     def tail(self, lines: int = 60) -> str:
@@ -109,6 +110,17 @@ class Managed:
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
+
+    def _shared_memory(self) -> set[Path]:
+        """Return the shared memory of Python's that the group has mapped: nobody removes it after a kill."""
+        found: set[Path] = set()
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                if int(stat.read_text().rpartition(")")[2].split()[2]) == self.pid:
+                    lines = (stat.parent / "maps").read_text().splitlines()
+                    names = (line.rpartition(" ")[2] for line in lines)
+                    found |= {Path(name) for name in names if name.startswith(f"{SHARED_MEMORY}/psm_")}
+        return found
 
     def _group_alive(self) -> bool:
         """Tell whether a process of the group still runs; zombies that await their parent do not."""
