@@ -23,6 +23,7 @@ __all__ = [
     "EncodeRangeError",
     "EntropyDecodeError",
     "EvaluationError",
+    "GpuUnavailableError",
     "HeaderChecksumError",
     "KvtcError",
     "LayoutError",
@@ -60,6 +61,10 @@ class ConfigError(KvtcError):
 
 class MissingDependencyError(KvtcError):
     """An optional package is needed for what was asked; the message names the install command."""
+
+
+class GpuUnavailableError(KvtcError):
+    """What was asked for needs an NVIDIA GPU and what goes with it; the message says what is missing."""
 
 
 class LayoutError(KvtcError):

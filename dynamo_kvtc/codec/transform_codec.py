@@ -80,6 +80,8 @@ class TransformCodec(KvCodec):
     ----------
     profile : Profile
         The profile of its streams and parameters.
+    sink_bits, coder : int, EntropyCoder
+        As given.
 
     Raises
     ------
@@ -120,9 +122,9 @@ class TransformCodec(KvCodec):
             )
         self.layer_groups = tuple(group.layers for group in parameters.groups)
         self._plan_id = plan_id
-        self._sink_bits = sink_bits
+        self.sink_bits = sink_bits
         self._dtype = resolve_compute_dtype(compute_dtype)
-        self._coder = coder
+        self.coder = coder
         self._sides: dict[tuple[int, SectionKind, int], SideCodec] = {}
         self._sides_lock = threading.Lock()
         self._map: Mapper = ThreadPoolExecutor(threads, "entropy").map if threads > 1 else map
@@ -136,7 +138,7 @@ class TransformCodec(KvCodec):
 
     def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return the exact size of a stream's header with its chunk table."""
-        return self._header_bytes(num_tokens, sink_tokens, self._encoding_plan(), self._sink_bits)
+        return self._header_bytes(num_tokens, sink_tokens, self.encoding_plan, self.sink_bits)
 
     @lru_cache  # noqa: B019  # a codec lives as long as its process serves
     def max_header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
@@ -153,7 +155,7 @@ class TransformCodec(KvCodec):
 
     def max_stream_bytes(self, num_tokens: int, sink_tokens: int) -> int:
         """Return an upper bound of a stream's size: that of chunks which do not shrink."""
-        sections = self._max_chunks(num_tokens, sink_tokens, self._encoding_plan(), self._sink_bits)
+        sections = self._max_chunks(num_tokens, sink_tokens, self.encoding_plan, self.sink_bits)
         sizes = (align(sum(chunk)) for chunks in sections for chunk in chunks)
         return self.header_bytes(num_tokens, sink_tokens) + sum(sizes)
 
@@ -172,13 +174,13 @@ class TransformCodec(KvCodec):
         """Make the weights of the plan that is encoded with; see `KvCodec.warm_up`."""
         for group in range(len(self.layer_groups)):
             for kind in (SectionKind.KEYS, SectionKind.VALUES):
-                self._side(group, kind, self._encoding_plan()).warm_up()
+                self._side(group, kind, self.encoding_plan).warm_up()
 
     # --- encode ----------------------------------------------------------------------------------
 
     def encode(self, blocks: Sequence[TierBlock]) -> list[bytes]:
         """Encode tier blocks, one stream each; see `KvCodec.encode`."""
-        plan_id = self._encoding_plan()
+        plan_id = self.encoding_plan
         for block in blocks:
             block.check(self.geometry)
         # The pool codes the chunks of one block while the next one is transformed here.
@@ -188,7 +190,7 @@ class TransformCodec(KvCodec):
     def _start(self, block: TierBlock, plan_id: int) -> list[_PendingSection]:
         """Make all payloads of a block and hand their chunks to the entropy coder."""
         sinks, block_keys, block_values = block.sink_tokens, block.keys.cpu(), block.values.cpu()
-        sink_codec = SinkCodec(self.geometry, self._sink_bits)
+        sink_codec = SinkCodec(self.geometry, self.sink_bits)
         coded = slice(sinks, block.num_tokens)
         positions = torch.arange(block.first_position + sinks, block.first_position + block.num_tokens)
         rope = self.parameters.rope
@@ -217,7 +219,7 @@ class TransformCodec(KvCodec):
 
     def _encode_chunk(self, piece: tuple[memoryview, Sequence[int]]) -> EncodedChunk:
         plain, runs = piece
-        return encode_chunk(plain, self._coder, runs)
+        return encode_chunk(plain, self.coder, runs)
 
     def _finish(self, block: TierBlock, plan_id: int, sections: Sequence[_PendingSection]) -> bytes:
         header = StreamHeader(
@@ -228,7 +230,7 @@ class TransformCodec(KvCodec):
             first_position=block.first_position,
             num_tokens=block.num_tokens,
             sink_tokens=block.sink_tokens,
-            sink_bits=self._sink_bits,
+            sink_bits=self.sink_bits,
             binding=block.binding,
         )
         return write_stream(header, [Section(s.layers, s.kind, list(s.chunks)) for s in sections])
@@ -334,7 +336,15 @@ class TransformCodec(KvCodec):
 
     # --- shared ----------------------------------------------------------------------------------
 
-    def _encoding_plan(self) -> int:
+    @property
+    def encoding_plan(self) -> int:
+        """The plan to encode with.
+
+        Raises
+        ------
+        ArtifactMismatchError
+            If the codec was made for decoding only.
+        """
         if self._plan_id is None:
             raise ArtifactMismatchError(
                 "this codec was made for decoding only; give it a ratio to encode with"

@@ -1,0 +1,228 @@
+"""The device that a GPU codec works on: its streams, and how much of it the codec may take.
+
+All work of a codec goes to one stream of low priority, so that the engine's kernels go first, and each kernel
+has a bounded grid, so that it never holds more than a share of the SMs. Uploads have a stream of their own.
+Without a GPU (`GpuDevice.interpreter`) everything runs in place, for tests: kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from dynamo_kvtc.errors import GpuUnavailableError, MissingDependencyError
+
+__all__ = ["DeviceEvent", "GpuDevice", "gpu_problem", "require_gpu"]
+
+
+def gpu_problem() -> str | None:
+    """Say why the GPU codec cannot run here; None if it can. Touches no device but through torch."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed: pip install triton (CUDA builds of torch bring it along)"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return (
+            "torch finds no CUDA device (check nvidia-smi and CUDA_VISIBLE_DEVICES)"
+            if built
+            else "this build of torch is for CPUs; install one for CUDA"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; bfloat16 tensor cores need 8.0"
+    del triton
+    return None
+
+
+def require_gpu() -> None:
+    """Raise unless the GPU codec can run here.
+
+    Raises
+    ------
+    GpuUnavailableError
+        With what to do about it.
+    """
+    if (problem := gpu_problem()) is not None:
+        raise GpuUnavailableError(f"no usable GPU: {problem}")
+
+
+class DeviceEvent:
+    """A point in a stream's work. Made by `GpuDevice.record`; on a CPU it has always been reached."""
+
+    def __init__(self, event: torch.cuda.Event | None) -> None:
+        self._event = event
+
+    def reached(self) -> bool:
+        """Tell whether everything before it is done; never blocks."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Block this thread until everything before it is done. Never call it on an event loop."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def order(self, stream: torch.cuda.Stream | None) -> None:
+        """Make later work of `stream` wait for it, without blocking the caller."""
+        if self._event is not None and stream is not None:
+            stream.wait_event(self._event)
+
+
+@dataclass(eq=False)
+class GpuDevice:
+    """Where kernels run.
+
+    Attributes
+    ----------
+    device : torch.device
+        A CUDA device, or the CPU for the interpreter.
+    programs : int
+        SMs that the codec's kernels may occupy at a time.
+    stream, upload_stream : torch.cuda.Stream or None
+        For kernels, and for copies to the device; None on a CPU.
+    """
+
+    device: torch.device
+    programs: int
+    stream: torch.cuda.Stream | None = None
+    upload_stream: torch.cuda.Stream | None = None
+    _interpreted: bool = field(default=False, repr=False)
+
+    #: Programs on an SM: of matrix products, which fill one each, and of kernels that only move bytes.
+    MATRIX = 1
+    STREAMING = 8
+
+    @classmethod
+    def open(cls, device: torch.device | str = "cuda", *, sm_share: float = 0.5) -> GpuDevice:
+        """Open a CUDA device.
+
+        Parameters
+        ----------
+        sm_share : float
+            Largest share of the SMs that the codec's kernels take, above 0 and at most 1.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If there is no usable one.
+        ValueError
+            If `sm_share` is out of range.
+        """
+        if not 0 < sm_share <= 1:
+            raise ValueError(f"sm_share is {sm_share}; it must lie above 0 and at most at 1")
+        require_gpu()
+        found = torch.device(device)
+        if found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
+        sms = torch.cuda.get_device_properties(found).multi_processor_count
+        # CUDA's least priority is 0, which streams have by default; greater ones are negative.
+        return cls(
+            found,
+            max(1, int(sms * sm_share)),
+            torch.cuda.Stream(found, priority=0),  # type: ignore[no-untyped-call]
+            torch.cuda.Stream(found, priority=0),  # type: ignore[no-untyped-call]
+        )
+
+    @classmethod
+    def interpreter(cls, *, programs: int = 2) -> GpuDevice:
+        """Return the CPU as a device, with kernels in Triton's interpreter; slow, for tests.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If the environment does not choose the interpreter.
+        MissingDependencyError
+            If Triton is not installed.
+        """
+        try:
+            import triton
+        except ImportError as error:
+            raise MissingDependencyError("Triton is not installed: pip install --no-deps triton") from error
+        del triton
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise GpuUnavailableError(
+                "kernels run on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1 before the start"
+            )
+        return cls(torch.device("cpu"), programs, _interpreted=True)
+
+    @property
+    def is_interpreter(self) -> bool:
+        """Whether kernels run in Triton's interpreter."""
+        return self._interpreted
+
+    def grid(self, tiles: int, per_sm: int) -> tuple[int]:
+        """Return the grid of a kernel that walks over `tiles` tiles."""
+        return (max(1, min(tiles, self.programs * per_sm)),)
+
+    def tile(self, size: int, block: int) -> int:
+        """Return the edge of a tile: `block`, or less in the interpreter, whose time is that of the elements.
+
+        On a GPU it does not depend on `size`, so that kernels are compiled once.
+        """
+        if not self._interpreted:
+            return block
+        return min(block, max(16, 1 << max(0, size - 1).bit_length()))
+
+    # --- streams ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Send what the block launches to this device's stream."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def record(self, stream: torch.cuda.Stream | None = None) -> DeviceEvent:
+        """Mark the present end of a stream's work, by default that of the kernels'."""
+        chosen = stream or self.stream
+        if chosen is None:
+            return DeviceEvent(None)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(chosen)
+        return DeviceEvent(event)
+
+    def after_engine(self, event: torch.cuda.Event | None) -> None:
+        """Order the codec's next work behind an event of the engine's, or behind its default stream."""
+        if self.stream is None:
+            return
+        if event is not None:
+            self.stream.wait_event(event)
+        else:
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        """Copy a host tensor to the device, ordered before the kernels that are launched next.
+
+        Asynchronous where `host` is pinned, which then must not change until those kernels have begun;
+        small unpinned tensors are staged by CUDA itself.
+        """
+        if self.stream is None or self.upload_stream is None:
+            return host.clone()
+        with torch.cuda.device(self.device), torch.cuda.stream(self.upload_stream):
+            copy = host.to(self.device, non_blocking=True)
+        self.stream.wait_stream(self.upload_stream)
+        copy.record_stream(self.stream)
+        return copy
+
+    def upload_all(self, parts: Sequence[torch.Tensor], starts: Sequence[int], total: int) -> torch.Tensor:
+        """Copy host tensors of bytes into one new tensor on the device, each at its start; see `upload`."""
+        if self.stream is None or self.upload_stream is None:
+            return self._fill(torch.empty(total, dtype=torch.uint8), parts, starts)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.upload_stream):
+            target = torch.empty(total, dtype=torch.uint8, device=self.device)
+            self._fill(target, parts, starts)
+        self.stream.wait_stream(self.upload_stream)
+        target.record_stream(self.stream)
+        return target
+
+    @staticmethod
+    def _fill(target: torch.Tensor, parts: Sequence[torch.Tensor], starts: Sequence[int]) -> torch.Tensor:
+        for part, start in zip(parts, starts, strict=True):
+            target[start : start + part.numel()].copy_(part, non_blocking=True)
+        return target

@@ -1,0 +1,416 @@
+"""The transform-coding profiles on a GPU: the contract of `KvCodec`, the streams of the CPU's codecs.
+
+Encoding: gather (RoPE off, centred), project, quantise and pack on the device, entropy-code the chunks of a
+whole batch at once, and bring compressed bytes alone to the host. Decoding is the way back; the last kernel
+writes into the engine's blocks. Sizes, headers and checksums are the host's business.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dynamo_kvtc.codec.base import Buffer, TierBlock
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.entropy import DEFLATE, HuffmanCoder, find_coder
+from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch
+from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, HostBatchCoder
+from dynamo_kvtc.codec.gpu.faults import fault_error
+from dynamo_kvtc.codec.gpu.kernels.gather import gather_rows
+from dynamo_kvtc.codec.gpu.kvtc_side import KvtcGpuSide
+from dynamo_kvtc.codec.gpu.opened import DeviceGroup, Segment, join_groups
+from dynamo_kvtc.codec.gpu.opening import StoredGroup, inflate, plan_inflate, sink_payload, verify
+from dynamo_kvtc.codec.gpu.paged import PagedSide, channel_pairs
+from dynamo_kvtc.codec.gpu.rd_side import RdGpuSide
+from dynamo_kvtc.codec.gpu.rotation import rotation_tables
+from dynamo_kvtc.codec.gpu.scattering import ScatterWork, run_positions, token_slots
+from dynamo_kvtc.codec.gpu.sections import Sections
+from dynamo_kvtc.codec.gpu.side import GpuSide
+from dynamo_kvtc.codec.gpu.staging import StagingBudget, decode_bytes_per_token, encode_bytes_per_token
+from dynamo_kvtc.codec.gpu.weights import DeviceWeights
+from dynamo_kvtc.codec.header import Profile, SectionKind
+from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec
+from dynamo_kvtc.codec.sinks import SinkCodec
+from dynamo_kvtc.codec.transform_codec import TransformCodec
+from dynamo_kvtc.errors import BitstreamError, KvtcError, LayoutError
+
+__all__ = ["GpuCodec"]
+
+_SIDES = (SectionKind.KEYS, SectionKind.VALUES)
+
+
+class _Batch:
+    """What groups of one batch have in common: it holds their bytes of the staging budget."""
+
+
+class GpuCodec(PagedCodec):
+    """Codec of the kvtc and rd profiles on one device. Thread-safe.
+
+    Parameters
+    ----------
+    host : TransformCodec
+        The CPU's codec of the same artifact and plan; it knows headers and sizes.
+    gpu : GpuDevice
+        Where kernels run.
+    coder : BatchCoder, optional
+        Codes DEFLATE chunks; nvCOMP's by default, the CPU's in the interpreter.
+    staging_bytes : int
+        Device memory for what is in flight; see `dynamo_kvtc.codec.gpu.staging`.
+
+    Raises
+    ------
+    MissingDependencyError
+        If nvCOMP is needed and not installed.
+    LayoutError
+        If heads have an odd number of channels.
+    """
+
+    def __init__(
+        self,
+        host: TransformCodec,
+        gpu: GpuDevice,
+        *,
+        coder: BatchCoder | None = None,
+        staging_bytes: int = 1 << 30,
+    ) -> None:
+        self.host, self._gpu, self.device = host, gpu, gpu.device
+        self.parameters, self.geometry, self.layer_groups = host.parameters, host.geometry, host.layer_groups
+        self._coder = coder or _default_coder(gpu, host.parameters.profile)
+        self.budget = StagingBudget(staging_bytes)
+        self._pairs = channel_pairs(self.parameters.rope, self.geometry.head_size)
+        self._channels = gpu.upload(self._pairs)
+        self._made: dict[tuple[int, SectionKind, int], GpuSide] = {}
+        self._lock = threading.Lock()
+
+    # --- sizes and headers: the host's -----------------------------------------------------------
+
+    def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return the exact size of a stream's header with its chunk table."""
+        return self.host.header_bytes(num_tokens, sink_tokens)
+
+    def max_header_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return an upper bound of the header of a stream of any plan and any sink bits."""
+        return self.host.max_header_bytes(num_tokens, sink_tokens)
+
+    def max_stream_bytes(self, num_tokens: int, sink_tokens: int) -> int:
+        """Return an upper bound of a stream's size: that of chunks which do not shrink."""
+        return self.host.max_stream_bytes(num_tokens, sink_tokens)
+
+    def read_header(self, data: Buffer, *, binding: bytes | None = None) -> StreamHeader:
+        """Parse and verify a header; see `KvCodec.read_header`."""
+        return self.host.read_header(data, binding=binding)
+
+    def warm_up(self) -> None:
+        """Put the bases of the plan that is encoded with on the device; see `KvCodec.warm_up`."""
+        for group in range(len(self.layer_groups)):
+            for kind in _SIDES:
+                self._side(group, kind, self.host.encoding_plan)
+
+    # --- encode ----------------------------------------------------------------------------------
+
+    def encode(self, blocks: Sequence[TierBlock]) -> list[bytes]:
+        """Encode tier blocks from tensors on any device; see `KvCodec.encode`."""
+        for block in blocks:
+            block.check(self.geometry)
+        if not blocks:
+            return []
+        keys = torch.cat([block.keys.to(self.device) for block in blocks]).unsqueeze(1)
+        values = torch.cat([block.values.to(self.device) for block in blocks]).unsqueeze(1)
+        paged, start = [], 0
+        for block in blocks:
+            stop = start + block.num_tokens
+            paged.append(
+                PagedBlock(
+                    range(start, stop),
+                    block.num_tokens,
+                    block.first_position,
+                    block.sink_tokens,
+                    block.binding,
+                )
+            )
+            start = stop
+        pending = self.begin_encode(keys.unbind(2), values.unbind(2), paged)
+        streams = []
+        for stream in pending.streams():
+            if isinstance(stream, KvtcError):
+                raise stream
+            target = bytearray(stream.nbytes)
+            stream.copy_into(memoryview(target))
+            streams.append(bytes(target))
+        return streams
+
+    def begin_encode(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        blocks: Sequence[PagedBlock],
+        *,
+        after: torch.cuda.Event | None = None,
+    ) -> PendingBatch:
+        """Launch the encoding of tier blocks; see `PagedCodec.begin_encode`."""
+        plan_id = self.host.encoding_plan
+        gpu, geometry, rope = self._gpu, self.geometry, self.parameters.rope
+        caches = self._cache(keys), self._cache(values)
+        coded = [block.num_tokens - block.sink_tokens for block in blocks]
+        block_size = caches[0].block_size
+        slots = [token_slots(block.block_ids, block_size)[: block.num_tokens] for block in blocks]
+        batch = _Batch()
+        self.budget.take(encode_bytes_per_token(self.parameters, plan_id) * sum(coded), batch)
+        with gpu.active():
+            gpu.after_engine(after)
+            place = gpu.upload(
+                torch.cat([own[block.sink_tokens :] for own, block in zip(slots, blocks, strict=True)])
+            )
+            owners = gpu.upload(
+                torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32), torch.tensor(coded))
+            )
+            first = [block.first_position + block.sink_tokens for block in blocks]
+            positions = gpu.upload(run_positions(first, coded))
+            unrotate = rotation_tables(rope, positions, geometry.head_size, inverse=True)
+            status = torch.zeros(len(blocks), dtype=torch.int32, device=self.device)
+            sides, sections, total = [], [], 0
+            for group in range(len(self.layer_groups)):
+                for kind in _SIDES:
+                    side, offsets = self._side(group, kind, plan_id), []
+                    for tokens in coded:
+                        offsets.append(total + side.symbols_offset(tokens))
+                        total += side.slab_bytes(tokens)
+                    sides.append(side)
+                    sections.append(Sections.make(gpu, coded, offsets))
+            payload = torch.empty(total, dtype=torch.uint8, device=self.device)
+            encoded = []
+            for index, (side, section) in enumerate(zip(sides, sections, strict=True)):
+                layers, kind = self.layer_groups[index // 2], _SIDES[index % 2]
+                rows = torch.empty(
+                    (sum(coded), layers.count * geometry.layer_size), dtype=torch.bfloat16, device=self.device
+                )
+                sums = gather_rows(
+                    gpu, caches[index % 2].layers(layers.first, layers.stop), place, owners, status,
+                    side.weights.mean, unrotate if kind is SectionKind.KEYS else None, side.importance, rows,
+                )  # fmt: skip
+                if index == len(sides) - 1:
+                    sinks = [
+                        self._gather_sinks(keys, values, own[: block.sink_tokens])
+                        for own, block in zip(slots, blocks, strict=True)
+                    ]
+                    gathered = gpu.record()
+                escapes = side.encode(rows, sums, section, payload, status)
+                encoded.append(EncodedSection(layers, kind, side, section, escapes))
+        return PendingBatch(
+            gpu,
+            self._coder,
+            SinkCodec(geometry, self.host.sink_bits),
+            self.host.coder,
+            gathered,
+            [self._header(block, plan_id) for block in blocks],
+            status,
+            payload,
+            encoded,
+            sinks,
+            batch,
+        )
+
+    def _header(self, block: PagedBlock, plan_id: int) -> StreamHeader:
+        return StreamHeader(
+            profile=self.host.profile,
+            plan_id=plan_id,
+            artifact_id=self.parameters.artifact_id,
+            geometry=self.geometry,
+            first_position=block.first_position,
+            num_tokens=block.num_tokens,
+            sink_tokens=block.sink_tokens,
+            sink_bits=self.host.sink_bits,
+            binding=block.binding,
+        )
+
+    def _gather_sinks(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Copy sink tokens out, on the device: ``[tokens, layers, heads, head_size]``; they are few."""
+        if not slots.numel():
+            return None
+        place = self._gpu.upload(slots)
+        block_size = keys[0].shape[1]
+        block, token = place // block_size, place % block_size
+        found = [torch.stack([view[block, token] for view in views], dim=1) for views in (keys, values)]
+        return found[0], found[1]
+
+    # --- decode ----------------------------------------------------------------------------------
+
+    def open_group(self, header: StreamHeader, group: int, payload: Buffer) -> DeviceGroup:
+        """Verify, inflate and dequantise one layer group of one stream; blocks the thread."""
+        (opened,) = self.open_groups([header], group, [payload])
+        if isinstance(opened, KvtcError):
+            raise opened
+        return opened
+
+    def open_groups(
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+    ) -> list[DeviceGroup | KvtcError]:
+        """Open one layer group of several streams in one batch; see `PagedCodec.open_groups`."""
+        results: list[DeviceGroup | KvtcError | None] = [None] * len(headers)
+        sound: dict[int, list[tuple[int, StoredGroup]]] = {}
+        for index, (header, payload) in enumerate(zip(headers, payloads, strict=True)):
+            try:
+                stored = verify(header, group, payload)
+            except KvtcError as error:
+                results[index] = error
+            else:
+                sound.setdefault(header.plan_id, []).append((index, stored))
+        for plan_id, members in sound.items():
+            opened = self._open_all([stored for _, stored in members], group, plan_id)
+            for (index, _), result in zip(members, opened, strict=True):
+                results[index] = result
+        return [result for result in results if result is not None]
+
+    def _open_all(
+        self, groups: Sequence[StoredGroup], group: int, plan_id: int
+    ) -> list[DeviceGroup | KvtcError]:
+        """Open streams of one plan; where one spoils the batch, each alone."""
+        try:
+            return self._open_batch(groups, group, plan_id)
+        except BitstreamError as error:
+            if len(groups) == 1:
+                return [error]
+            return [self._open_all([one], group, plan_id)[0] for one in groups]
+
+    def _open_batch(
+        self, groups: Sequence[StoredGroup], group: int, plan_id: int
+    ) -> list[DeviceGroup | KvtcError]:
+        gpu, geometry, layers = self._gpu, self.geometry, self.layer_groups[group]
+        plan = plan_inflate(groups, self._coder.coder_id)
+        coded = [stored.header.num_tokens - stored.header.sink_tokens for stored in groups]
+        batch = _Batch()
+        self.budget.take(decode_bytes_per_token(self.parameters, plan_id) * sum(coded), batch)
+        sinks = [
+            SinkCodec(geometry, stored.header.sink_bits).decode(
+                np.frombuffer(sink_payload(stored), dtype=np.uint8), layers.count, stored.header.sink_tokens
+            )
+            for stored in groups
+        ]
+        with gpu.active():
+            payload, check = inflate(gpu, self._coder, groups, plan)
+            faults = torch.zeros(len(groups), dtype=torch.int32, device=self.device)
+            coefficients = []
+            for kind in _SIDES:
+                offsets, sizes = zip(*plan.sections[kind], strict=True)
+                side = self._side(group, kind, plan_id)
+                coefficients.append(side.decode(payload, coded, offsets, sizes, faults))
+            # Waits for the batch, in the thread that opens it.
+            found = faults.tolist()
+            check()
+            results: list[DeviceGroup | KvtcError] = []
+            first = 0
+            for stored, tokens, bits, (sink_keys, sink_values) in zip(
+                groups, coded, found, sinks, strict=True
+            ):
+                rows = slice(first, first + tokens)
+                segment = Segment(
+                    stored.header.first_position, tokens, gpu.upload(sink_keys), gpu.upload(sink_values)
+                )
+                results.append(
+                    fault_error(bits)
+                    or DeviceGroup(
+                        group, plan_id, coefficients[0][rows], coefficients[1][rows], (segment,), batch, first
+                    )
+                )
+                first += tokens
+        return results
+
+    def join(self, parts: Sequence[DeviceGroup]) -> list[DeviceGroup]:
+        """Join neighbours of one batch; see `KvCodec.join`."""
+        return join_groups(parts)
+
+    def decode_layer(self, parts: Sequence[DeviceGroup], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn opened groups into one layer's KV on the device; see `KvCodec.decode_layer`."""
+        geometry = self.geometry
+        tokens = sum(part.num_tokens for part in parts)
+        shape = (tokens, 1, geometry.num_kv_heads, geometry.head_size)
+        keys = torch.empty(shape, dtype=geometry.torch_dtype, device=self.device)
+        values = torch.empty_like(keys)
+        # Every layer of a view list is the same tensor: only `layer` is written.
+        views = [keys] * geometry.num_layers, [values] * geometry.num_layers
+        self.scatter(parts, LayerRange(layer, 1), *views, range(tokens))[0].wait()
+        return keys.squeeze(1), values.squeeze(1)
+
+    def scatter(
+        self,
+        parts: Sequence[DeviceGroup],
+        layers: LayerRange,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        block_ids: Sequence[int],
+        *,
+        after: torch.cuda.Event | None = None,
+    ) -> list[Completion]:
+        """Launch the decoding of layers into the engine's blocks; see `PagedCodec.scatter`."""
+        gpu = self._gpu
+        caches = self._cache(keys), self._cache(values)
+        with gpu.active():
+            gpu.after_engine(after)
+            all_slots = token_slots(block_ids, caches[0].block_size)
+            works = []
+            start = 0
+            for part in parts:
+                stop = start + part.num_tokens
+                works.append(self._scatter_work(part, all_slots[start:stop]))
+                start = stop
+            events: list[Completion] = []
+            for layer in range(layers.first, layers.stop):
+                for work in works:
+                    work.launch(layer, keys[layer], values[layer], *caches)
+                events.append(gpu.record())
+        return events
+
+    def _scatter_work(self, part: DeviceGroup, slots: torch.Tensor) -> ScatterWork:
+        def weights(kind: SectionKind) -> DeviceWeights:
+            return self._side(part.group, kind, part.plan_id).weights
+
+        layers = self.layer_groups[part.group]
+        return ScatterWork(self._gpu, self.parameters.rope, layers, weights, part, slots)
+
+    # --- shared ----------------------------------------------------------------------------------
+
+    def _cache(self, views: Sequence[torch.Tensor]) -> PagedSide:
+        """Describe the cache's keys or values, and check that they are the codec's."""
+        geometry = self.geometry
+        first = views[0]
+        shape = (geometry.num_kv_heads, geometry.head_size)
+        if len(views) != geometry.num_layers or tuple(first.shape[2:]) != shape:
+            raise LayoutError(
+                f"{len(views)} layers of {tuple(first.shape)}; the codec serves {geometry.num_layers} "
+                f"layers of [blocks, block_size, {shape[0]}, {shape[1]}]"
+            )
+        if first.dtype != geometry.torch_dtype or first.device.type != self.device.type:
+            raise LayoutError(
+                f"a cache of {first.dtype} on {first.device}; the codec serves {geometry.torch_dtype} on "
+                f"{self.device}"
+            )
+        return PagedSide.of(views, self._channels)
+
+    def _side(self, group: int, kind: SectionKind, plan_id: int) -> GpuSide:
+        key = (group, kind, plan_id)
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = self._make_side(*key)
+            return self._made[key]
+
+    def _make_side(self, group: int, kind: SectionKind, plan_id: int) -> GpuSide:
+        parameters = self.parameters.groups[group]
+        side = parameters.keys if kind is SectionKind.KEYS else parameters.values
+        make = RdGpuSide if self.parameters.profile is Profile.RD else KvtcGpuSide
+        with self._gpu.active():
+            return make(self._gpu, side, plan_id, self.geometry.layer_size, self._pairs)
+
+
+def _default_coder(gpu: GpuDevice, profile: Profile) -> BatchCoder:
+    if gpu.is_interpreter:
+        return HostBatchCoder(gpu, HuffmanCoder() if profile is Profile.RD else find_coder(DEFLATE))
+    from dynamo_kvtc.codec.gpu.nvcomp_deflate import NvcompDeflate
+
+    return NvcompDeflate(gpu)

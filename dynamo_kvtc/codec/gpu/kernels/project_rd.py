@@ -1,0 +1,255 @@
+"""Rows to packed symbols, for the rd profile: product, quantiser and packing in one kernel.
+
+Quantising needs one coefficient, its row's rounding and its token's scale, so it happens in the epilogue, and
+so does packing of WIDE, BYTE and NIBBLE: two tokens to a byte never straddle a tile. TRIT packs five tokens
+to a byte, which no tile of a power of two holds, so its symbols leave as bytes for `pack_trits`. Symbols
+beyond their class go to an unordered list of escapes, sorted afterwards; they are few.
+
+CPU reference: `SideTransform.forward`, `RdQuantiser.quantise`, `rd_packing.pack`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_K, BLOCK_T, product_tile
+from dynamo_kvtc.codec.gpu.sections import RowTiles, Sections
+
+__all__ = ["project_symbols", "quantise_symbols"]
+
+
+@triton.jit
+def quantise_tile(total, factor, rounding, in_tile):
+    """Return symbols as int32, and 1 where one is NaN, infinite or beyond int16."""
+    scaled = total * factor
+    magnitude = tl.floor(tl.abs(scaled) + rounding)
+    # NaN fails every comparison.
+    broken = in_tile & ((magnitude <= 32767.0) == 0)
+    magnitude = tl.where(broken | (in_tile == 0), 0.0, magnitude)
+    symbol = tl.where(scaled < 0, -magnitude, magnitude).to(tl.int32)
+    return symbol, broken
+
+
+@triton.jit
+def store_tile(
+    symbol,
+    kind,
+    row,  # [BLOCK_R], rows of symbols, counted through all classes
+    in_rows,
+    token,  # [BLOCK_T], within the tier block
+    in_tokens,
+    num_tokens,  # int64, so that offsets are
+    payload,  # where the tier block's symbols begin
+    trits,  # int8 [trit rows, num_columns]
+    column,  # [BLOCK_T], within the batch
+    num_columns,
+    escape_count,  # of this tier block
+    escape_index,
+    escape_value,
+    capacity,
+    wide,
+    byte,
+    nibble,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Store a tile of symbols by its class, those beyond the class clamped and listed."""
+    in_tile = in_rows[:, None] & in_tokens[None, :]
+    limit = tl.where(kind == 0, 32767, tl.where(kind == 1, 127, tl.where(kind == 2, 7, 1)))
+    clamped = tl.minimum(tl.maximum(symbol, -limit), limit)
+    beyond = in_tile & (clamped != symbol)
+    if tl.sum(beyond.to(tl.int32)) > 0:
+        spread = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.int32)
+        place = tl.atomic_add(escape_count + spread, spread + 1, mask=beyond)
+        listed = beyond & (place < capacity)
+        tl.store(escape_index + place, row[:, None] * num_tokens + token[None, :], mask=listed)
+        tl.store(escape_value + place, symbol, mask=listed)
+    whole = row.to(tl.int64)[:, None]
+    if kind == 0:
+        low = ((clamped + 128) & 255) - 128
+        target = payload + whole * num_tokens + token[None, :]
+        tl.store(target, (((clamped - low) >> 8) & 255).to(tl.uint8), mask=in_tile)
+        tl.store(target + wide * num_tokens, (low & 255).to(tl.uint8), mask=in_tile)
+    elif kind == 1:
+        target = payload + (whole + wide) * num_tokens + token[None, :]
+        tl.store(target, (clamped & 255).to(tl.uint8), mask=in_tile)
+    elif kind == 2:
+        code = tl.where(in_tile, clamped & 15, 0)
+        pairs = tl.reshape(code, (BLOCK_R, BLOCK_T // 2, 2))
+        packed = tl.sum(pairs << (4 * tl.arange(0, 2))[None, None, :], axis=2)
+        row_bytes = (num_tokens + 1) // 2
+        # The first token of a tile is even.
+        at = tl.min(token) // 2 + tl.arange(0, BLOCK_T // 2)
+        start = payload + (2 * wide + byte) * num_tokens
+        target = start + (whole - wide - byte) * row_bytes + at[None, :]
+        tl.store(target, packed.to(tl.uint8), mask=in_rows[:, None] & (at < row_bytes)[None, :])
+    else:
+        target = trits + (whole - wide - byte - nibble) * num_columns + column[None, :]
+        tl.store(target, clamped.to(tl.int8), mask=in_tile)
+
+
+@triton.jit
+def _symbols_kernel(
+    weights,  # bfloat16 [layers, stored, layer_size], or nothing if the products are given
+    rows,  # bfloat16 [tokens, row], or float32 coefficients [stored, tokens]
+    factors,  # float32 [tokens]
+    roundings,  # float32 [stored]
+    row_tiles,  # int32 [row tiles, 3]
+    token_tiles,  # int32 [token tiles, 2]
+    sections,  # int64 [tier blocks, 3]
+    payload,  # uint8
+    trits,
+    escape_counts,  # int32 [tier blocks]
+    escape_indices,  # int32 [tier blocks, capacity]
+    escape_values,
+    status,  # int32 [tier blocks]
+    num_columns,
+    capacity,
+    num_row_tiles,
+    num_token_tiles,
+    num_layers,
+    stored,
+    layer_size,
+    wide,
+    byte,
+    nibble,
+    GIVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    for tile in range(tl.program_id(0), num_row_tiles * num_token_tiles, tl.num_programs(0)):
+        row_tile = row_tiles + tile // num_token_tiles * 3
+        kind, first_row, row_stop = tl.load(row_tile), tl.load(row_tile + 1), tl.load(row_tile + 2)
+        token_tile = token_tiles + tile % num_token_tiles * 2
+        block = tl.load(token_tile)
+        token = tl.load(token_tile + 1) + tl.arange(0, BLOCK_T)
+        section = sections + block * 3
+        num_tokens = tl.load(section + 1)
+        row = first_row + tl.arange(0, BLOCK_R)
+        in_rows, in_tokens = row < row_stop, token < num_tokens
+        column = tl.load(section) + token
+        if GIVEN:
+            total = tl.load(
+                rows + row.to(tl.int64)[:, None] * num_columns + column[None, :],
+                mask=in_rows[:, None] & in_tokens[None, :],
+                other=0.0,
+            )
+        else:
+            total = product_tile(
+                weights, rows, row, in_rows, column, in_tokens, num_layers, stored, layer_size,
+                BLOCK_R, BLOCK_T, BLOCK_K, WIDEN,
+            )  # fmt: skip
+        factor = tl.load(factors + column, mask=in_tokens, other=0.0)
+        rounding = tl.load(roundings + row, mask=in_rows, other=0.5)
+        in_tile = in_rows[:, None] & in_tokens[None, :]
+        symbol, broken = quantise_tile(total, factor[None, :], rounding[:, None], in_tile)
+        tl.store(status + block, 1, mask=tl.sum(broken.to(tl.int32)) > 0)
+        store_tile(
+            symbol, kind, row, in_rows, token, in_tokens, num_tokens, payload + tl.load(section + 2),
+            trits, column, num_columns, escape_counts + block, escape_indices + block * capacity,
+            escape_values + block * capacity, capacity, wide, byte, nibble, BLOCK_R, BLOCK_T,
+        )  # fmt: skip
+
+
+def project_symbols(
+    gpu: GpuDevice,
+    weights: torch.Tensor,
+    rows: torch.Tensor,
+    factors: torch.Tensor,
+    roundings: torch.Tensor,
+    tiles: RowTiles,
+    sections: Sections,
+    payload: torch.Tensor,
+    trits: torch.Tensor,
+    escapes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    status: torch.Tensor,
+) -> None:
+    """Project rows, quantise, and pack what a tile can pack.
+
+    Parameters
+    ----------
+    weights : torch.Tensor
+        bfloat16 ``[layers, stored, layer_size]``.
+    rows : torch.Tensor
+        bfloat16 ``[tokens, layers * layer_size]``.
+    factors : torch.Tensor
+        float32 ``[tokens]``: scale of the token's importance over the step.
+    roundings : torch.Tensor
+        float32 ``[stored]``.
+    tiles, sections : RowTiles, Sections
+        Rows by class; tier blocks and where their symbols go in `payload`.
+    payload : torch.Tensor
+        uint8, written: symbols of WIDE, BYTE and NIBBLE.
+    trits : torch.Tensor
+        int8 ``[trit rows, tokens]``, written.
+    escapes : tuple of torch.Tensor
+        int32 ``[tier blocks]`` counts, which begin at 0, and ``[tier blocks, capacity]`` indices and values.
+    status : torch.Tensor
+        int32 ``[tier blocks]``; set to 1 where a symbol is NaN, infinite or beyond int16.
+    """
+    layers, stored, layer_size = weights.shape
+    _launch(
+        gpu, weights, rows, factors, roundings, tiles, sections, payload, trits, escapes, status,
+        (layers, stored, layer_size), given=False,
+    )  # fmt: skip
+
+
+def quantise_symbols(
+    gpu: GpuDevice,
+    coefficients: torch.Tensor,
+    factors: torch.Tensor,
+    roundings: torch.Tensor,
+    tiles: RowTiles,
+    sections: Sections,
+    payload: torch.Tensor,
+    trits: torch.Tensor,
+    escapes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    status: torch.Tensor,
+) -> None:
+    """Do what `project_symbols` does after its product, from float32 coefficients ``[stored, tokens]``.
+
+    The same epilogue, to compare with the CPU's symbols bit for bit: products of two devices differ in the
+    order of their sums.
+    """
+    _launch(
+        gpu, coefficients, coefficients, factors, roundings, tiles, sections, payload, trits, escapes, status,
+        (1, coefficients.shape[0], 16), given=True,
+    )  # fmt: skip
+
+
+def _launch(
+    gpu: GpuDevice,
+    weights: torch.Tensor,
+    rows: torch.Tensor,
+    factors: torch.Tensor,
+    roundings: torch.Tensor,
+    tiles: RowTiles,
+    sections: Sections,
+    payload: torch.Tensor,
+    trits: torch.Tensor,
+    escapes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    status: torch.Tensor,
+    shape: tuple[int, int, int],
+    *,
+    given: bool,
+) -> None:
+    counts, indices, values = escapes
+    block_t = gpu.tile(sections.most_tokens, BLOCK_T)
+    token_tiles = sections.token_tiles(block_t)
+    total = tiles.table.shape[0] * token_tiles.shape[0]
+    if not total:
+        return
+    wide, byte, nibble, _ = tiles.counts
+    _symbols_kernel[gpu.grid(total, gpu.MATRIX)](
+        weights, rows, factors, roundings, tiles.table, token_tiles, sections.table, payload, trits, counts,
+        indices, values, status, sections.columns, indices.shape[1], tiles.table.shape[0],
+        token_tiles.shape[0], *shape, wide, byte, nibble,
+        GIVEN=given, BLOCK_R=tiles.block, BLOCK_T=block_t, BLOCK_K=gpu.tile(shape[2], BLOCK_K),
+        WIDEN=gpu.is_interpreter,
+        num_warps=8, num_stages=3, enable_fp_fusion=False,
+    )  # fmt: skip

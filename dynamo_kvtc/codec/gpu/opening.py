@@ -1,0 +1,205 @@
+"""Stored bytes of one layer group of several streams to coefficients on the device.
+
+Checksums are verified on the CPU, over the compressed bytes in pinned memory, before they are uploaded:
+nvCOMP assumes valid input, and compressed bytes are few. What only shows in a payload (padding, numbers that
+no encoder writes) the kernels report (`dynamo_kvtc.codec.gpu.faults`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.entropy import STORE, Buffer, find_coder
+from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.entropy_batch import SLOT_ALIGNMENT, BatchCoder, Slots
+from dynamo_kvtc.codec.gpu.host_memory import as_tensor
+from dynamo_kvtc.codec.gpu.kernels.ranges import copy_ranges
+from dynamo_kvtc.codec.header import Chunk, SectionKind, align
+from dynamo_kvtc.errors import (
+    ChunkChecksumError,
+    EntropyDecodeError,
+    ReservedBitsError,
+    TruncatedStreamError,
+)
+
+__all__ = ["InflatePlan", "StoredGroup", "inflate", "plan_inflate", "sink_payload", "verify"]
+
+_SIDES = (SectionKind.KEYS, SectionKind.VALUES)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredGroup:
+    """One layer group of one stream, verified.
+
+    Attributes
+    ----------
+    header : StreamHeader
+        Of the stream.
+    group : int
+        Index of the layer group.
+    payload : memoryview
+        The stream's bytes ``header.group_span(group)``.
+    """
+
+    header: StreamHeader
+    group: int
+    payload: memoryview
+
+    def stored(self, chunk: Chunk) -> memoryview:
+        """Return a chunk's stored bytes."""
+        start = chunk.offset - self.header.group_span(self.group)[0]
+        return self.payload[start : start + chunk.stored_size]
+
+
+def verify(header: StreamHeader, group: int, payload: Buffer) -> StoredGroup:
+    """Check length, checksums and padding of one layer group.
+
+    Raises
+    ------
+    TruncatedStreamError, ChunkChecksumError, ReservedBitsError
+        As `dynamo_kvtc.codec.bitstream.read_section` does.
+    """
+    start, stop = header.group_span(group)
+    view = memoryview(payload).cast("B")
+    if len(view) != stop - start:
+        raise TruncatedStreamError(
+            f"layer group {group} spans {stop - start} bytes of the stream, {len(view)} were given"
+        )
+    stored = StoredGroup(header, group, view)
+    for chunk in header.chunks_of(group):
+        if xxhash.xxh3_64_intdigest(stored.stored(chunk)) != chunk.checksum:
+            raise ChunkChecksumError(f"the chunk at byte {chunk.offset} is damaged; drop the stream")
+        end = chunk.offset - start + chunk.stored_size
+        if any(view[end : align(end)]):
+            raise ReservedBitsError(f"the padding behind the chunk at byte {chunk.offset} is not zero")
+    return stored
+
+
+def sink_payload(stored: StoredGroup) -> bytearray:
+    """Return the plain bytes of the sinks, inflated on the CPU: they are few.
+
+    Raises
+    ------
+    UnknownCoderError, EntropyDecodeError
+        If a chunk cannot be decoded.
+    """
+    chunks = stored.header.chunks_of(stored.group, SectionKind.SINKS)
+    return bytearray().join(_plain(stored, chunk) for chunk in chunks)
+
+
+def _plain(stored: StoredGroup, chunk: Chunk) -> Buffer:
+    data = stored.stored(chunk)
+    if chunk.coder_id == STORE:
+        return data
+    plain = find_coder(chunk.coder_id).decode(data, chunk.plain_size)
+    if len(plain) != chunk.plain_size:
+        raise EntropyDecodeError(f"coder {chunk.coder_id} returned {len(plain)} of {chunk.plain_size} bytes")
+    return plain
+
+
+@dataclass
+class InflatePlan:
+    """Where everything of a batch lies, before anything is launched.
+
+    Attributes
+    ----------
+    starts : list[int]
+        First byte of each stream's group in the uploaded buffer.
+    stored_bytes : int
+        Size of that buffer.
+    sections : dict[SectionKind, list[tuple[int, int]]]
+        First byte and bytes of each stream's payload, by side, in the payload buffer.
+    payload_bytes : int
+        Size of that buffer.
+    source, plain : list[tuple[int, int]]
+        First byte and bytes of the chunks to inflate, in the uploaded buffer and in one of aligned slots.
+    plain_bytes : int
+        Size of that buffer.
+    from_plain, from_stored : list[tuple[int, int, int]]
+        Copies into the payload buffer: from the slots, and of chunks that are stored as they are.
+    by_host : list[tuple[StoredGroup, Chunk, int]]
+        Chunks of coders that the device does not know, and where their plain bytes go.
+    """
+
+    starts: list[int] = field(default_factory=list)
+    stored_bytes: int = 0
+    sections: dict[SectionKind, list[tuple[int, int]]] = field(
+        default_factory=lambda: {k: [] for k in _SIDES}
+    )
+    payload_bytes: int = 0
+    source: list[tuple[int, int]] = field(default_factory=list)
+    plain: list[tuple[int, int]] = field(default_factory=list)
+    plain_bytes: int = 0
+    from_plain: list[tuple[int, int, int]] = field(default_factory=list)
+    from_stored: list[tuple[int, int, int]] = field(default_factory=list)
+    by_host: list[tuple[StoredGroup, Chunk, int]] = field(default_factory=list)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all three buffers."""
+        return self.stored_bytes + self.plain_bytes + self.payload_bytes
+
+
+def _up(size: int) -> int:
+    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def plan_inflate(groups: Sequence[StoredGroup], coder_id: int) -> InflatePlan:
+    """Lay out a batch whose chunks of `coder_id` are inflated on the device; sizes come from the headers."""
+    plan = InflatePlan()
+    for stored in groups:
+        base = stored.header.group_span(stored.group)[0]
+        plan.starts.append(plan.stored_bytes)
+        for kind in _SIDES:
+            begin = plan.payload_bytes
+            for chunk in stored.header.chunks_of(stored.group, kind):
+                at, to, size = plan.starts[-1] + chunk.offset - base, plan.payload_bytes, chunk.plain_size
+                if chunk.coder_id == STORE:
+                    plan.from_stored.append((at, to, size))
+                elif chunk.coder_id == coder_id:
+                    plan.source.append((at, chunk.stored_size))
+                    plan.plain.append((plan.plain_bytes, size))
+                    plan.from_plain.append((plan.plain_bytes, to, size))
+                    plan.plain_bytes += _up(size)
+                else:
+                    plan.by_host.append((stored, chunk, to))
+                plan.payload_bytes += size
+            plan.sections[kind].append((begin, plan.payload_bytes - begin))
+            plan.payload_bytes = _up(plan.payload_bytes)
+        plan.stored_bytes += _up(len(stored.payload))
+    return plan
+
+
+def inflate(
+    gpu: GpuDevice, coder: BatchCoder, groups: Sequence[StoredGroup], plan: InflatePlan
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Upload a batch and begin to inflate it; to be called on the device's stream.
+
+    Returns
+    -------
+    tuple
+        The payload buffer, uint8 on the device, and what to call once the stream's work is done: it raises
+        `EntropyDecodeError` if a chunk did not decode to its size.
+    """
+    device = gpu.device
+    data = gpu.upload_all([as_tensor(stored.payload) for stored in groups], plan.starts, plan.stored_bytes)
+    slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
+    check = coder.decode(
+        data, _slots(plan.source, plan.stored_bytes), slots, _slots(plan.plain, plan.plain_bytes)
+    )
+    payload = torch.empty(plan.payload_bytes, dtype=torch.uint8, device=device)
+    copy_ranges(gpu, slots, payload, plan.from_plain)
+    copy_ranges(gpu, data, payload, plan.from_stored)
+    for stored, chunk, to in plan.by_host:
+        plain = as_tensor(bytes(_plain(stored, chunk)))
+        payload[to : to + chunk.plain_size] = gpu.upload(plain)
+    return payload, check
+
+
+def _slots(ranges: Sequence[tuple[int, int]], total: int) -> Slots:
+    return Slots(tuple(at for at, _ in ranges), tuple(size for _, size in ranges), total)

@@ -1,0 +1,151 @@
+"""The contract of a codec that works in the engine's paged cache itself, where it lies on a device.
+
+`KvCodec` takes and returns tensors; a `PagedCodec` also gathers from and scatters into paged views, so that
+uncompressed KV never leaves the device. Its calls launch work and return; what must be waited for says so,
+and belongs in a worker thread, never on an event loop.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dynamo_kvtc.codec.base import BINDING_BYTES, Buffer, KvCodec
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.errors import KvtcError
+
+__all__ = ["Completion", "EncodedStream", "PagedBlock", "PagedCodec", "PendingEncode"]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBlock:
+    """One tier block in a paged cache.
+
+    Attributes
+    ----------
+    block_ids : Sequence[int]
+        The engine's blocks, in the order of the tokens.
+    num_tokens : int
+        Tokens of the tier block; the last engine block may be filled in part.
+    first_position, sink_tokens, binding : int, int, bytes
+        As in `TierBlock`.
+    """
+
+    block_ids: Sequence[int]
+    num_tokens: int
+    first_position: int
+    sink_tokens: int = 0
+    binding: bytes = bytes(BINDING_BYTES)
+
+
+class Completion(Protocol):
+    """A point in a device's work."""
+
+    def reached(self) -> bool:
+        """Tell whether everything before it is done; never blocks."""
+        ...
+
+    def wait(self) -> None:
+        """Block the calling thread until everything before it is done."""
+        ...
+
+
+class EncodedStream(Protocol):
+    """A stream whose chunks still lie on the device."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stream."""
+        ...
+
+    def copy_into(self, target: memoryview) -> None:
+        """Write the stream to `nbytes` bytes of host memory, pinned for speed; blocks the thread."""
+        ...
+
+
+class PendingEncode(Protocol):
+    """A batch that is being encoded."""
+
+    @property
+    def gathered(self) -> Completion:
+        """When the engine may reuse its blocks."""
+        ...
+
+    def streams(self) -> list[EncodedStream | KvtcError]:
+        """Return one stream, or what is wrong with the block, for each tier block; blocks the thread."""
+        ...
+
+
+class PagedCodec(KvCodec):
+    """A codec with a way of its own between the engine's blocks and streams."""
+
+    device: torch.device
+
+    @abstractmethod
+    def begin_encode(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        blocks: Sequence[PagedBlock],
+        *,
+        after: torch.cuda.Event | None = None,
+    ) -> PendingEncode:
+        """Launch the encoding of tier blocks.
+
+        Parameters
+        ----------
+        keys, values : Sequence[torch.Tensor]
+            One view ``[blocks, block_size, heads, head_size]`` per layer, on `device`.
+        after : torch.cuda.Event, optional
+            The engine's writes of these blocks; by default, what its default stream holds by now.
+
+        Raises
+        ------
+        LayoutError
+            If views or blocks do not fit the codec.
+        """
+
+    @abstractmethod
+    def open_groups(
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+    ) -> list[Any | KvtcError]:
+        """Do what `open_group` does for several streams in one batch; blocks the thread.
+
+        Returns
+        -------
+        list
+            For each stream an opened group, or what is wrong with it.
+        """
+
+    @abstractmethod
+    def scatter(
+        self,
+        parts: Sequence[Any],
+        layers: LayerRange,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        block_ids: Sequence[int],
+        *,
+        after: torch.cuda.Event | None = None,
+    ) -> list[Completion]:
+        """Launch the decoding of layers into the engine's blocks.
+
+        Parameters
+        ----------
+        parts : Sequence
+            What `open_groups` or `join` returned for the group that the layers lie in.
+        keys, values, block_ids : Sequence
+            The cache's views, and the block of each run of tokens; -1 leaves a run out.
+        after : torch.cuda.Event, optional
+            The engine's reads of these blocks; by default, what its default stream holds by now.
+
+        Returns
+        -------
+        list[Completion]
+            For each of `layers`, when it is in place for every token.
+        """

@@ -1,0 +1,84 @@
+"""Compiles every kernel, as the codec launches it, to machine code of a GPU that need not be there.
+
+A program of its own: the interpreter, which the tests choose, and the compiler exclude each other in a process.
+Prints a line for each kernel: registers, shared memory and spills, as Triton's own assembler reports them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "codec")]
+
+import torch
+import triton
+from synthetic import make_block, make_parameters, make_rd_parameters
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
+from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.entropy_batch import HostBatchCoder
+from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
+from dynamo_kvtc.codec.open import open_codec
+
+
+class _Driver:
+    """What the compiler asks of a driver, without a device."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiled:
+    """Takes the place of launches: compiles, and keeps the outcome by kernel and options."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Any] = {}
+        self._run = JITFunction.run
+
+    def __call__(self, function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = self._run(function, *args, grid=grid, warmup=True, **options)
+        self.kernels[f"{function.fn.__module__.rsplit('.', 1)[-1]}.{kernel.hash[:6]}"] = kernel
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(_Driver(capability))  # type: ignore[arg-type]
+    compiled = _Compiled()
+    JITFunction.run = lambda self, *args, **options: compiled(self, *args, **options)  # type: ignore[method-assign]
+    gpu = GpuDevice(torch.device("cpu"), programs=4)
+    geometry = KvGeometry(4, 2, int(sys.argv[2]), sys.argv[3])
+    for parameters in (
+        make_parameters(geometry, groups=2, ratios=(4.0,)),
+        make_rd_parameters(geometry, groups=2),
+    ):
+        host = open_codec(parameters, ratio=next(iter(parameters.ratios.values())), threads=1)
+        codec = GpuCodec(host, gpu, coder=HostBatchCoder(gpu, host.coder))
+        block = make_block(parameters, 40, sink_tokens=4)
+        codec.encode([block])
+        stream = host.encode([block])[0]
+        header: StreamHeader = host.read_header(stream)
+        part = codec.open_group(header, 0, stream[slice(*header.group_span(0))])
+        views = [torch.empty((8, 8, 2, geometry.head_size), dtype=geometry.torch_dtype)] * 4
+        codec.scatter([part], LayerRange(0, 1), views, views, range(5))
+    for name, kernel in sorted(compiled.kernels.items()):
+        print(name, kernel.metadata.shared, len(kernel.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    main()
