@@ -7,11 +7,15 @@ Prints a line for each kernel: registers, shared memory and spills, as Triton's 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # each launch says what it wants
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "codec")]
 
 import torch
@@ -56,6 +60,19 @@ class _Compiled:
         self.kernels[f"{function.fn.__module__.rsplit('.', 1)[-1]}.{kernel.hash[:6]}"] = kernel
 
 
+def _usage(kernel: Any) -> tuple[int, int]:
+    """Return registers a thread, and bytes of local memory (spills and stack)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = [re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK")]
+    return tuple(int(match[1]) if match else -1 for match in found)  # type: ignore[return-value]
+
+
 def main() -> None:
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(_Driver(capability))  # type: ignore[arg-type]
@@ -77,7 +94,7 @@ def main() -> None:
         views = [torch.empty((8, 8, 2, geometry.head_size), dtype=geometry.torch_dtype)] * 4
         codec.scatter([part], LayerRange(0, 1), views, views, range(5))
     for name, kernel in sorted(compiled.kernels.items()):
-        print(name, kernel.metadata.shared, len(kernel.asm["cubin"]))
+        print(name, kernel.metadata.shared, *_usage(kernel), "wgmma" in kernel.asm["ptx"])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dynamo_kvtc.codec.gpu.kernels.pack_trits import pack_trits
 from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_R
 from dynamo_kvtc.codec.gpu.kernels.project_rd import project_symbols
 from dynamo_kvtc.codec.gpu.kernels.rd_side_data import write_side_data
-from dynamo_kvtc.codec.gpu.kernels.unpack_rd import unpack_symbols
+from dynamo_kvtc.codec.gpu.kernels.unpack_rd import UNPACK_ROWS, unpack_symbols
 from dynamo_kvtc.codec.gpu.paged import to_pairs
 from dynamo_kvtc.codec.gpu.sections import RowTiles, Sections
 from dynamo_kvtc.codec.gpu.side import GpuSide, SectionSpan
@@ -36,6 +36,7 @@ class RdGpuSide(GpuSide):
         self._bias = side.importance_bias
         self._step = float(torch.tensor(plan.step, dtype=torch.float32))
         self._tiles = RowTiles.make(gpu, plan.counts, BLOCK_R)
+        self._unpack_tiles = RowTiles.make(gpu, plan.counts, UNPACK_ROWS)
         self._rounding = gpu.upload(plan.rounding.contiguous())
         self._offsets = gpu.upload(plan.offsets.contiguous())
         self._scales = gpu.upload(scales(torch.arange(MIN_LEVEL, MIN_LEVEL + LEVELS)))
@@ -110,7 +111,7 @@ class RdGpuSide(GpuSide):
             payload,
             self._gpu.upload(torch.tensor(offsets, dtype=torch.int64)),
             self._gpu.upload(torch.tensor(escapes, dtype=torch.int32)),
-            self._tiles,
+            self._unpack_tiles,
             sections,
             self._scales,
             self._offsets,

@@ -37,14 +37,13 @@ def quantise_tile(total, factor, rounding, in_tile):
 def store_tile(
     symbol,
     kind,
-    row,  # [BLOCK_R], rows of symbols, counted through all classes
-    in_rows,
+    first_row,  # of the tile, counted through all classes
+    in_rows,  # [BLOCK_R]
     token,  # [BLOCK_T], within the tier block
     in_tokens,
-    num_tokens,  # int64, so that offsets are
+    num_tokens,  # int64
     payload,  # where the tier block's symbols begin
-    trits,  # int8 [trit rows, num_columns]
-    column,  # [BLOCK_T], within the batch
+    trits,  # int8 [trit rows, num_columns], at the tier block's first column
     num_columns,
     escape_count,  # of this tier block
     escape_index,
@@ -56,26 +55,33 @@ def store_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Store a tile of symbols by its class, those beyond the class clamped and listed."""
+    """Store a tile of symbols by its class, those beyond the class clamped and listed.
+
+    Offsets within a tile fit 32 bits, which halves the registers that they take; only its start needs 64.
+    """
     in_tile = in_rows[:, None] & in_tokens[None, :]
     limit = tl.where(kind == 0, 32767, tl.where(kind == 1, 127, tl.where(kind == 2, 7, 1)))
     clamped = tl.minimum(tl.maximum(symbol, -limit), limit)
     beyond = in_tile & (clamped != symbol)
+    line = tl.arange(0, BLOCK_R)
+    tokens = num_tokens.to(tl.int32)
+    offset = line[:, None] * tokens + token[None, :]
     if tl.sum(beyond.to(tl.int32)) > 0:
         spread = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.int32)
         place = tl.atomic_add(escape_count + spread, spread + 1, mask=beyond)
         listed = beyond & (place < capacity)
-        tl.store(escape_index + place, row[:, None] * num_tokens + token[None, :], mask=listed)
+        tl.store(escape_index + place, first_row * tokens + offset, mask=listed)
         tl.store(escape_value + place, symbol, mask=listed)
-    whole = row.to(tl.int64)[:, None]
+    # Each branch has names of its own: Triton wants one type for a name.
     if kind == 0:
         low = ((clamped + 128) & 255) - 128
-        target = payload + whole * num_tokens + token[None, :]
-        tl.store(target, (((clamped - low) >> 8) & 255).to(tl.uint8), mask=in_tile)
-        tl.store(target + wide * num_tokens, (low & 255).to(tl.uint8), mask=in_tile)
+        high_at = payload + first_row * num_tokens
+        low_at = high_at + wide * num_tokens
+        tl.store(high_at + offset, (((clamped - low) >> 8) & 255).to(tl.uint8), mask=in_tile)
+        tl.store(low_at + offset, (low & 255).to(tl.uint8), mask=in_tile)
     elif kind == 1:
-        target = payload + (whole + wide) * num_tokens + token[None, :]
-        tl.store(target, (clamped & 255).to(tl.uint8), mask=in_tile)
+        byte_at = payload + (first_row + wide) * num_tokens
+        tl.store(byte_at + offset, (clamped & 255).to(tl.uint8), mask=in_tile)
     elif kind == 2:
         code = tl.where(in_tile, clamped & 15, 0)
         pairs = tl.reshape(code, (BLOCK_R, BLOCK_T // 2, 2))
@@ -83,12 +89,15 @@ def store_tile(
         row_bytes = (num_tokens + 1) // 2
         # The first token of a tile is even.
         at = tl.min(token) // 2 + tl.arange(0, BLOCK_T // 2)
-        start = payload + (2 * wide + byte) * num_tokens
-        target = start + (whole - wide - byte) * row_bytes + at[None, :]
-        tl.store(target, packed.to(tl.uint8), mask=in_rows[:, None] & (at < row_bytes)[None, :])
+        pair_at = payload + (2 * wide + byte) * num_tokens + (first_row - wide - byte) * row_bytes
+        pair_offset = line[:, None] * row_bytes.to(tl.int32) + at[None, :]
+        tl.store(
+            pair_at + pair_offset, packed.to(tl.uint8), mask=in_rows[:, None] & (at < row_bytes)[None, :]
+        )
     else:
-        target = trits + (whole - wide - byte - nibble) * num_columns + column[None, :]
-        tl.store(target, clamped.to(tl.int8), mask=in_tile)
+        trit_at = trits + (first_row - wide - byte - nibble) * tl.cast(num_columns, tl.int64)
+        trit_offset = line[:, None] * num_columns + token[None, :]
+        tl.store(trit_at + trit_offset, clamped.to(tl.int8), mask=in_tile)
 
 
 @triton.jit
@@ -150,8 +159,8 @@ def _symbols_kernel(
         symbol, broken = quantise_tile(total, factor[None, :], rounding[:, None], in_tile)
         tl.store(status + block, 1, mask=tl.sum(broken.to(tl.int32)) > 0)
         store_tile(
-            symbol, kind, row, in_rows, token, in_tokens, num_tokens, payload + tl.load(section + 2),
-            trits, column, num_columns, escape_counts + block, escape_indices + block * capacity,
+            symbol, kind, first_row, in_rows, token, in_tokens, num_tokens, payload + tl.load(section + 2),
+            trits + tl.load(section), num_columns, escape_counts + block, escape_indices + block * capacity,
             escape_values + block * capacity, capacity, wide, byte, nibble, BLOCK_R, BLOCK_T,
         )  # fmt: skip
 

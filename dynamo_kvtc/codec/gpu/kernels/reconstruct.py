@@ -1,7 +1,7 @@
 """Coefficients to the KV of one layer, in place in the paged cache: product, mean, RoPE and scatter in one.
 
-The first and the second members of rotated pairs are two products with a half of the layer's columns each,
-so that the rotation needs no exchange between lanes. CPU reference: `SideTransform.inverse`,
+One product makes all channels of a head; its columns hold the first members of all rotated pairs, then the
+second ones, so that the tile splits into two of equal layout and the rotation works lane by lane. CPU reference: `SideTransform.inverse`,
 `RopeParameters.rotate`, `PagedKvCache.scatter_layer`.
 """
 
@@ -51,6 +51,8 @@ def _reconstruct_kernel(
     in_half = half < HALF
     first_channel = tl.load(channels + half, mask=in_half, other=0).to(tl.int64) * stride_channel
     second_channel = tl.load(channels + HALF + half, mask=in_half, other=0).to(tl.int64) * stride_channel
+    both = tl.arange(0, 2 * BLOCK_HALF)
+    in_both = both % BLOCK_HALF < HALF
     row_size = HEADS * 2 * HALF
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T) * HEADS, tl.num_programs(0)):
         head = tile % HEADS
@@ -58,20 +60,18 @@ def _reconstruct_kernel(
         in_tokens = token < num_tokens
         column = head * 2 * HALF + half
         left = coefficients + token.to(tl.int64)[:, None] * stored
-        x = tl.zeros((BLOCK_T, BLOCK_HALF), dtype=tl.float32)
-        y = tl.zeros((BLOCK_T, BLOCK_HALF), dtype=tl.float32)
+        right = weights + (head * 2 * HALF + both // BLOCK_HALF * HALF + both % BLOCK_HALF)[None, :]
+        total = tl.zeros((BLOCK_T, 2 * BLOCK_HALF), dtype=tl.float32)
         for start in range(0, stored, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             in_stored = k < stored
             c = tl.load(left + k[None, :], mask=in_tokens[:, None] & in_stored[None, :], other=0.0)
-            right = weights + k[:, None] * row_size + column[None, :]
-            in_right = in_stored[:, None] & in_half[None, :]
-            first = tl.load(right, mask=in_right, other=0.0)
-            second = tl.load(right + HALF, mask=in_right, other=0.0)
+            w = tl.load(right + k[:, None] * row_size, mask=in_stored[:, None] & in_both[None, :], other=0.0)
             if WIDEN:
-                c, first, second = c.to(tl.float32), first.to(tl.float32), second.to(tl.float32)
-            x = tl.dot(c, first, x)
-            y = tl.dot(c, second, y)
+                c, w = c.to(tl.float32), w.to(tl.float32)
+            total = tl.dot(c, w, total)
+        parts = tl.permute(tl.reshape(total, (BLOCK_T, 2, BLOCK_HALF)), (0, 2, 1))
+        x, y = tl.split(parts)
         x += tl.load(mean + column, mask=in_half, other=0.0)[None, :]
         y += tl.load(mean + column + HALF, mask=in_half, other=0.0)[None, :]
         mask = in_tokens[:, None] & in_half[None, :]

@@ -17,9 +17,12 @@ from dynamo_kvtc.codec.gpu.faults import COUNT, ESCAPE, PADDING, VALUE
 from dynamo_kvtc.codec.gpu.kernels.rounding import to_bfloat16
 from dynamo_kvtc.codec.gpu.sections import RowTiles, Sections
 
-__all__ = ["unpack_symbols"]
+__all__ = ["UNPACK_ROWS", "unpack_symbols"]
 
-_BLOCK_T, _BLOCK_E = 64, 1024
+#: Rows of a tile; more would not fit the registers, as offsets take 64 bits.
+UNPACK_ROWS = 32
+
+_BLOCK_T, _BLOCK_E = 32, 512
 
 _COUNT = tl.constexpr(COUNT)
 _ESCAPE = tl.constexpr(ESCAPE)
