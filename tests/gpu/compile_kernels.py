@@ -1,6 +1,6 @@
 """Compiles every kernel, as the codec launches it, to machine code of a GPU that need not be there.
 
-A program of its own: the interpreter, which the tests choose, and the compiler exclude each other in a process.
+A program of its own: the interpreter, which the tests choose, and the compiler exclude each other.
 Prints a line for each kernel: registers, shared memory and spills, as Triton's own assembler reports them.
 """
 

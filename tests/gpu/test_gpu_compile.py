@@ -1,4 +1,4 @@
-"""Every kernel compiles to machine code of Hopper, with tensor-core products and few spills; no GPU needed."""
+"""Every kernel compiles to machine code of Hopper, with tensor-core products; no GPU is needed."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from dynamo_kvtc.codec.paged_codec import EncodedStream
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.errors import EncodeRangeError, KvtcError
 
-__all__ = ["DeviceStream", "EncodedSection", "PendingBatch"]
+__all__ = ["DeviceStream", "EncodedSection", "PendingBatch", "gather_sinks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,3 +241,19 @@ class PendingBatch:
                 )
             start += size
         return results
+
+
+def gather_sinks(
+    gpu: GpuDevice, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Copy sink tokens out of the paged views, on the device: ``[tokens, layers, heads, head_size]``.
+
+    They are few: a gather for each layer is not worth a kernel.
+    """
+    if not slots.numel():
+        return None
+    place = gpu.upload(slots)
+    block_size = keys[0].shape[1]
+    block, token = place // block_size, place % block_size
+    found = [torch.stack([view[block, token] for view in views], dim=1) for views in (keys, values)]
+    return found[0], found[1]

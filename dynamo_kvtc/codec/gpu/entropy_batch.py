@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamo_kvtc.codec.entropy import DEFLATE, MAX_DEFLATE_CHUNK_BYTES, EntropyCoder
+from dynamo_kvtc.codec.entropy import DEFLATE, MAX_DEFLATE_CHUNK_BYTES, EntropyCoder, HuffmanCoder, find_coder
 from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError
 
-__all__ = ["SLOT_ALIGNMENT", "BatchCoder", "CodedBatch", "HostBatchCoder", "Slots", "place"]
+__all__ = ["SLOT_ALIGNMENT", "BatchCoder", "CodedBatch", "HostBatchCoder", "Slots", "default_coder", "place"]
 
 #: Bytes at whose multiples chunks begin in a batch; nvCOMP asks for no more.
 SLOT_ALIGNMENT = 16
@@ -157,6 +158,16 @@ class HostBatchCoder(BatchCoder):
         return lambda: None
 
 
-def is_deflate(coder: EntropyCoder) -> bool:
-    """Tell whether streams of a coder are DEFLATE, which nvCOMP reads and writes."""
-    return coder.coder_id == DEFLATE
+def default_coder(gpu: GpuDevice, profile: Profile) -> BatchCoder:
+    """Return the coder of DEFLATE chunks: nvCOMP's, or the CPU's in the interpreter.
+
+    Raises
+    ------
+    MissingDependencyError
+        If nvCOMP is needed and not installed.
+    """
+    if gpu.is_interpreter:
+        return HostBatchCoder(gpu, HuffmanCoder() if profile is Profile.RD else find_coder(DEFLATE))
+    from dynamo_kvtc.codec.gpu.nvcomp_deflate import NvcompDeflate
+
+    return NvcompDeflate(gpu)

@@ -15,11 +15,10 @@ import torch
 
 from dynamo_kvtc.codec.base import Buffer, TierBlock
 from dynamo_kvtc.codec.bitstream import StreamHeader
-from dynamo_kvtc.codec.entropy import DEFLATE, HuffmanCoder, find_coder
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch
-from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, HostBatchCoder
+from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch, gather_sinks
+from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, default_coder
 from dynamo_kvtc.codec.gpu.faults import fault_error
 from dynamo_kvtc.codec.gpu.kernels.gather import gather_rows
 from dynamo_kvtc.codec.gpu.kvtc_side import KvtcGpuSide
@@ -80,7 +79,7 @@ class GpuCodec(PagedCodec):
     ) -> None:
         self.host, self._gpu, self.device = host, gpu, gpu.device
         self.parameters, self.geometry, self.layer_groups = host.parameters, host.geometry, host.layer_groups
-        self._coder = coder or _default_coder(gpu, host.parameters.profile)
+        self._coder = coder or default_coder(gpu, host.parameters.profile)
         self.budget = StagingBudget(staging_bytes)
         self._pairs = channel_pairs(self.parameters.rope, self.geometry.head_size)
         self._channels = gpu.upload(self._pairs)
@@ -195,7 +194,7 @@ class GpuCodec(PagedCodec):
                 )  # fmt: skip
                 if index == len(sides) - 1:
                     sinks = [
-                        self._gather_sinks(keys, values, own[: block.sink_tokens])
+                        gather_sinks(gpu, keys, values, own[: block.sink_tokens])
                         for own, block in zip(slots, blocks, strict=True)
                     ]
                     gathered = gpu.record()
@@ -227,18 +226,6 @@ class GpuCodec(PagedCodec):
             sink_bits=self.host.sink_bits,
             binding=block.binding,
         )
-
-    def _gather_sinks(
-        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Copy sink tokens out, on the device: ``[tokens, layers, heads, head_size]``; they are few."""
-        if not slots.numel():
-            return None
-        place = self._gpu.upload(slots)
-        block_size = keys[0].shape[1]
-        block, token = place // block_size, place % block_size
-        found = [torch.stack([view[block, token] for view in views], dim=1) for views in (keys, values)]
-        return found[0], found[1]
 
     # --- decode ----------------------------------------------------------------------------------
 
@@ -406,11 +393,3 @@ class GpuCodec(PagedCodec):
         make = RdGpuSide if self.parameters.profile is Profile.RD else KvtcGpuSide
         with self._gpu.active():
             return make(self._gpu, side, plan_id, self.geometry.layer_size, self._pairs)
-
-
-def _default_coder(gpu: GpuDevice, profile: Profile) -> BatchCoder:
-    if gpu.is_interpreter:
-        return HostBatchCoder(gpu, HuffmanCoder() if profile is Profile.RD else find_coder(DEFLATE))
-    from dynamo_kvtc.codec.gpu.nvcomp_deflate import NvcompDeflate
-
-    return NvcompDeflate(gpu)

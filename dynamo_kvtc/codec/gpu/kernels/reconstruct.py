@@ -1,8 +1,9 @@
 """Coefficients to the KV of one layer, in place in the paged cache: product, mean, RoPE and scatter in one.
 
 One product makes all channels of a head; its columns hold the first members of all rotated pairs, then the
-second ones, so that the tile splits into two of equal layout and the rotation works lane by lane. CPU reference: `SideTransform.inverse`,
-`RopeParameters.rotate`, `PagedKvCache.scatter_layer`.
+second ones, so that the tile splits into two of equal layout and the rotation works lane by lane.
+
+CPU reference: `SideTransform.inverse`, `RopeParameters.rotate`, `PagedKvCache.scatter_layer`.
 """
 
 from __future__ import annotations
