@@ -105,6 +105,13 @@ class DiskTierConfig(Section):
     then that of each worker's own objects. All of them must say so; a second process is refused without
     it."""
 
+    admit_after: Annotated[int, Field(ge=0, le=15)] = 0
+    """In how many lookups a tier block must have been asked for before it is written; 0 writes all. Below the
+    first tier only."""
+
+    daily_writes: Annotated[Size, Field(gt=0)] | None = None
+    """Bytes that may be written a day, to spare the disk; null: any number. Below the first tier only."""
+
     durability: Literal["none", "fsync"] = "none"
     """none: objects survive the process; after a power cut recent ones may be missing, or damaged and
     found out by their checksums. fsync: what was stored survives a power cut."""

@@ -32,9 +32,10 @@ from dynamo_kvtc.pipeline.expose import expose
 from dynamo_kvtc.pipeline.guarded import GuardedEncoder, Level
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.policy import CostPolicy, CostSettings, OffloadPolicy, Speeds
+from dynamo_kvtc.policy.admission import Admission
 from dynamo_kvtc.policy.guard import GuardSettings, QualityGuard
 from dynamo_kvtc.tiers.access import check_private
-from dynamo_kvtc.tiers.base import Tier
+from dynamo_kvtc.tiers.base import Gate, Tier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.encrypted import EncryptedTier
 from dynamo_kvtc.tiers.encryption_keys import KeyRing, read_key
@@ -115,7 +116,7 @@ async def open_adapter(
             artifact_id,
             agent,
             staging,
-            TierStack(tiers, staging=staging),
+            TierStack(tiers, staging=staging, gates=_gates(config)),
             policy,
             block_size,
             salt=config.security.salt.encode(),
@@ -145,6 +146,15 @@ def _encoder(config: Config) -> dict[str, Any]:
         return {"profile": "raw", "plan": None}
     plan = f"max_kl={wanted.max_kl:g}" if wanted.max_kl is not None else f"ratio={wanted.plan_ratio:g}"
     return {"profile": wanted.profile, "plan": plan}
+
+
+def _gates(config: Config) -> dict[str, Gate]:
+    """Return what decides about writing into each disk tier that spares its disk."""
+    return {
+        f"disk{index}": Admission(tier.admit_after, tier.daily_writes)
+        for index, tier in enumerate(config.tiers)
+        if isinstance(tier, DiskTierConfig) and (tier.admit_after or tier.daily_writes)
+    }
 
 
 def _costs(config: Config) -> CostPolicy:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Protocol
 
 from dynamo_kvtc.transfer.memory import MemorySpan
 
 __all__ = [
     "KEY_BYTES",
     "TENANT_BYTES",
+    "Gate",
     "Namespace",
     "OnChange",
     "ReadRequest",
@@ -92,7 +94,8 @@ class ReadRequest:
 class TierStats:
     """A tier's counters since it was opened, and its present fill.
 
-    ``lookups`` counts keys asked for in `contains_prefix`, the denominator of ``hits``.
+    ``lookups`` counts keys asked for in `contains_prefix`, the denominator of ``hits``. ``not_admitted``
+    counts objects that a gate in front of the tier kept out, by reason.
     """
 
     objects: int
@@ -109,6 +112,22 @@ class TierStats:
     evictions: int
     rejected_full: int
     corrupt_dropped: int
+    not_admitted: Mapping[str, int] = field(default_factory=dict)
+
+
+class Gate(Protocol):
+    """Decides what may be written into a tier below the first one."""
+
+    refused: dict[str, int]
+
+    def see(self, keys: Iterable[TierKey]) -> None:
+        """Take in that tier blocks were asked for."""
+
+    def is_frequent(self, key: TierKey) -> bool:
+        """Tell whether a tier block is asked for often enough to be written."""
+
+    def admits(self, key: TierKey, nbytes: int) -> bool:
+        """Decide about an object that is about to be written."""
 
 
 class Tier(ABC):

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from dynamo_kvtc.errors import (
     KvtcError,
@@ -21,7 +22,7 @@ from dynamo_kvtc.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.tiers.base import ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.base import Gate, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.transfer import MemorySpan, StagingPool
 
 __all__ = ["TierStack"]
@@ -60,6 +61,8 @@ class TierStack:
         From fast to slow; at least one, with different names.
     staging : StagingPool, optional
         Memory that promotion goes through; without it nothing is promoted.
+    gates : Mapping[str, Gate], optional
+        By a tier's name, what decides about writing into it. The first tier takes everything.
     max_promotions : int
         Objects that may wait to be promoted; further ones are served but not promoted.
     promotion_timeout_s : float
@@ -76,6 +79,7 @@ class TierStack:
         tiers: Sequence[Tier],
         *,
         staging: StagingPool | None = None,
+        gates: Mapping[str, Gate] | None = None,
         max_promotions: int = 1024,
         promotion_timeout_s: float = 10.0,
     ) -> None:
@@ -85,6 +89,7 @@ class TierStack:
         self.promotions = 0
         self.failed_puts = 0
         self._staging = staging
+        self._gates = {name: gate for name, gate in (gates or {}).items() if name != self.tiers[0].name}
         self._max_promotions = max_promotions
         self._promotion_timeout_s = promotion_timeout_s
         #: Called with a tier's name, bytes, and the seconds in which at least one read of it was under way.
@@ -102,6 +107,8 @@ class TierStack:
         # Every tier is asked about all keys: what is in use stays young in each of them.
         for tier in self.tiers:
             await tier.contains_prefix(keys)
+        for gate in self._gates.values():
+            gate.see(keys)
         found = []
         for key in keys:
             index = self._fastest(key, 0)
@@ -145,14 +152,19 @@ class TierStack:
         deadline = time.monotonic() + timeout_s
         written = False
         failures: list[KvtcError] = []
+        asked = 0
         for tier in self.tiers:
+            gate = self._gates.get(tier.name)
+            if gate is not None and tier.size_of(key) is None and not gate.admits(key, source.nbytes):
+                continue
+            asked += 1
             try:
                 left = max(0.0, deadline - time.monotonic())
                 written |= await tier.put(key, source, timeout_s=left)
             except (TierError, TransferError) as error:
                 _log.debug("put into the %s tier failed: %s", tier.name, error)
                 failures.append(error)
-        if len(failures) == len(self.tiers):
+        if len(failures) == asked:
             raise failures[0]
         self.failed_puts += len(failures)
         return written
@@ -240,22 +252,37 @@ class TierStack:
             return
         for key in keys:
             index = self._fastest(key, 0)
-            if not index or key in self._promoting or len(self._promoting) == self._max_promotions:
+            if index is None or key in self._promoting or len(self._promoting) == self._max_promotions:
                 continue
-            task = asyncio.get_running_loop().create_task(self._promote(self.tiers[index], key))
+            target = self.tiers[0] if index else self._kept_out(key)
+            if target is None:
+                continue
+            task = asyncio.get_running_loop().create_task(self._copy(self.tiers[index], target, key))
             self._promoting[key] = task
             task.add_done_callback(lambda _, key=key: self._promoting.pop(key, None))  # type: ignore[misc]
 
-    async def _promote(self, tier: Tier, key: TierKey) -> None:
+    def _kept_out(self, key: TierKey) -> Tier | None:
+        """Return a tier whose gate kept an object out that is asked for often enough by now."""
+        for tier in self.tiers:
+            gate = self._gates.get(tier.name)
+            if gate is not None and tier.size_of(key) is None and gate.is_frequent(key):
+                return tier
+        return None
+
+    async def _copy(self, tier: Tier, target: Tier, key: TierKey) -> None:
         async with self._promotion_turn:
             size = tier.size_of(key)
             if size is None or self._staging is None or size > self._staging.nbytes:
+                return
+            gate = self._gates.get(target.name)
+            if gate is not None and not gate.admits(key, size):
                 return
             limit = self._promotion_timeout_s
             try:
                 async with self._staging.lease(size, timeout_s=limit) as span:
                     await tier.get([ReadRequest(key, 0, span)], timeout_s=limit)
-                    self.promotions += await self.tiers[0].put(key, span, timeout_s=limit)
+                    copied = await target.put(key, span, timeout_s=limit)
+                    self.promotions += copied and target is self.tiers[0]
             except (TierError, TransferError) as error:
                 _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
 
@@ -298,7 +325,10 @@ class TierStack:
 
     def stats(self) -> dict[str, TierStats]:
         """Return each tier's counters by its name, from fast to slow."""
-        return {tier.name: tier.stats() for tier in self.tiers}
+        stats = {tier.name: tier.stats() for tier in self.tiers}
+        for name, gate in self._gates.items():
+            stats[name] = replace(stats[name], not_admitted=dict(gate.refused))
+        return stats
 
     async def close(self) -> None:
         """Cancel promotions and close every tier. Idempotent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.policy import OffloadPolicy
-from dynamo_kvtc.tiers.base import Tier
+from dynamo_kvtc.tiers.base import Gate, Tier
 from dynamo_kvtc.tiers.disk import DiskTier
 from dynamo_kvtc.tiers.host import HostTier
 from dynamo_kvtc.tiers.stack import TierStack
@@ -112,6 +112,7 @@ async def open_rig(
     policy: OffloadPolicy = POLICY,
     codec: KvCodec | None = None,
     guarded: GuardedEncoder | None = None,
+    gates: Mapping[str, Gate] | None = None,
     store_timeout_s: float = 10.0,
     wrap_agent: Callable[[TransferAgent], TransferAgent] = lambda agent: agent,
 ) -> AsyncIterator[Rig]:
@@ -129,7 +130,7 @@ async def open_rig(
                 PARAMETERS.artifact_id if profile == "kvtc" else bytes(32),
                 agent,
                 staging,
-                TierStack(made, staging=staging),
+                TierStack(made, staging=staging, gates=gates),
                 policy,
                 BLOCK_SIZE,
                 onboard=onboard,
