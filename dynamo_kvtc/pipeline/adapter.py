@@ -22,6 +22,7 @@ from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.pins import Pins
 from dynamo_kvtc.pipeline.threads import single_threaded_pool
 from dynamo_kvtc.policy import CostPolicy, OffloadPolicy, Piece, PrefixDecision, Speeds
 from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey, TierStats
@@ -118,6 +119,7 @@ class TierAdapter:
         self.counters = Counters()
         self.costs = costs or CostPolicy(Speeds())
         self._encoder, self._guarded = encoder, guarded
+        self._pins = Pins(tiers)
         tiers.on_read = self.costs.speeds.read
         self._agent, self._staging = agent, staging
         self._artifact_id, self._salt = artifact_id, salt
@@ -258,6 +260,19 @@ class TierAdapter:
         self._onboards.add(handle)
         handle.on_done(self._onboards.discard)
         return handle
+
+    def pin(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> int:
+        """Keep a stored prefix from eviction until `unpin`; returns how many leading tokens are kept.
+
+        Fewer than are stored if pinned objects would take more than half of the largest tier.
+        """
+        self._check_open()
+        return self._pins.pin(self.keys(hashes, salt=salt)) * self.policy.tier_block_tokens
+
+    def unpin(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> int:
+        """Undo `pin`; returns how many tokens were kept until now."""
+        self._check_open()
+        return self._pins.unpin(self.keys(hashes, salt=salt)) * self.policy.tier_block_tokens
 
     async def headers(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> list[StreamHeader]:
         """Read and verify the headers of the leading tier blocks that are stored, for inspection.
