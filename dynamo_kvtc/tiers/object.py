@@ -226,10 +226,12 @@ class ObjectTier(IndexedTier):
         if key in self._index or key in self._writing:
             return
         self._index.add(key, Location(0, 0, nbytes))
+        self._tell(key, True)
         if self._shared and len(self._index) > self._settings.most_known:
             for oldest in self._index.oldest_first():
                 if self._may_evict(oldest):
                     self._index.remove(oldest)
+                    self._tell(oldest, False)
                     break
 
     # --- storing -----------------------------------------------------------------------------------
@@ -307,6 +309,7 @@ class ObjectTier(IndexedTier):
             if read.key in self._index:
                 self._pins.pop(read.key, None)
                 self._index.remove(read.key)
+                self._tell(read.key, False)
             self._lookup.note_missing(read.key)
             raise
         except ObjectCorruptError as error:
@@ -329,6 +332,7 @@ class ObjectTier(IndexedTier):
             self._forget(key)
 
     def _forget(self, key: TierKey) -> None:
+        self._tell(key, False)
         self._lookup.note_missing(key)
         if not self._closed:
             self._deletions.add(bytes(key))

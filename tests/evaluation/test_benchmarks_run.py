@@ -23,6 +23,15 @@ _FOLDER = Path(__file__).parents[2] / "benchmarks"
             {"recompute", "onboard from host", "onboard from disk"},
             "recompute / onboard from disk",
         ),
+        (
+            "encryption_cost",
+            {
+                f"{what}, {how}"
+                for what in ("offload", "onboard", "tier put", "tier get")
+                for how in ("plain", "encrypted")
+            },
+            "onboard, encrypted / plain",
+        ),
         ("overlap", {"transfer alone", "decode alone", "onboard"}, "onboard / longer half"),
     ],
 )

@@ -17,7 +17,10 @@ from s3_server import FaultyProxy, S3Server
 from dynamo_kvtc.errors import ObjectMissingError, TierError
 from dynamo_kvtc.testing.conformance import TierConformance, TierDriver, object_bytes, object_key
 from dynamo_kvtc.testing.stateful import check_tier_against_model
-from dynamo_kvtc.tiers import BucketPlace, ObjectSettings, ObjectTier, Tier
+from dynamo_kvtc.tiers import BucketPlace, Namespace, ObjectSettings, ObjectTier, ReadRequest, Tier
+from dynamo_kvtc.tiers import encryption_format as form
+from dynamo_kvtc.tiers.encrypted import EncryptedTier
+from dynamo_kvtc.tiers.encryption_keys import KeyRing, MasterKey
 from dynamo_kvtc.tiers.object_client import BucketClient
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
@@ -42,6 +45,19 @@ class TestOwnedObjectTier(TierConformance):
 
     async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
         return await ObjectTier.open(place(self.server, folder), capacity_bytes, settings=PATIENT)
+
+
+class TestEncryptedObjectTier(TestOwnedObjectTier):
+    def stored_size(self, nbytes: int) -> int:
+        return form.sealed_size(nbytes)
+
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        pytest.importorskip(
+            "cryptography", reason="needs cryptography: pip install 'dynamo-kvtc[encryption]'"
+        )
+        inner = await super().open_tier(agent, folder, capacity_bytes)
+        ring = KeyRing(MasterKey("test", bytes(range(32))))
+        return EncryptedTier(inner, ring, await StagingPool.create(agent, 4 << 20))
 
 
 def test_tier_agrees_with_the_model(s3: S3Server) -> None:
@@ -84,6 +100,22 @@ async def test_what_one_worker_stores_the_others_find(open_shared: Open) -> None
     assert reader.tier.size_of(object_key(6)) == SIZE
     assert await reader.get(6, 100, 5000) == object_bytes(6, SIZE)[100:5100]
     assert await reader.get(3, 0, SIZE) == object_bytes(3, SIZE)
+
+
+async def test_tenants_of_one_bucket_never_meet(open_shared: Open) -> None:
+    writer, reader = await open_shared(), await open_shared()
+    keys = {salt: Namespace(bytes(32), "", salt).key(b"one prefix") for salt in (b"", b"a", b"ab")}
+    for worker, salt in ((writer, b"a"), (reader, b"ab")):
+        async with worker.staging.lease(SIZE, 5.0) as span:
+            span.view[:] = salt.ljust(SIZE)
+            assert await worker.tier.put(keys[salt], span, timeout_s=10.0)
+    assert await writer.tier.contains_prefix([keys[b""]]) == 0
+    for worker in (writer, reader):
+        for salt in (b"a", b"ab"):
+            assert await worker.tier.contains_prefix([keys[salt]]) == 1
+            async with worker.staging.lease(SIZE, 5.0) as span:
+                await worker.tier.get([ReadRequest(keys[salt], 0, span)], timeout_s=10.0)
+                assert bytes(span.view) == salt.ljust(SIZE)
 
 
 async def test_the_first_writer_of_a_key_wins(open_shared: Open) -> None:
@@ -148,6 +180,28 @@ async def test_an_expired_object_is_a_miss(open_shared: Open, tmp_path: Path, pr
     assert await worker.prefix(0) == 0
     assert worker.tier.stats().corrupt_dropped == 0
     assert await worker.put(0, SIZE)
+
+
+async def test_what_comes_and_goes_is_told(open_shared: Open) -> None:
+    writer, reader = await open_shared(), await open_shared(most_known=2)
+    told: list[tuple[int, bool]] = []
+    numbers = {object_key(number): number for number in range(4)}
+    writer.tier.watch(lambda key, stored: told.append((numbers[key], stored)))
+    reader.tier.watch(lambda key, stored: told.append((10 + numbers[key], stored)))
+    for number in range(3):
+        await writer.put(number, 100)
+    assert told == [(0, True), (1, True), (2, True)]
+    told.clear()
+    await reader.prefix(0)
+    await reader.prefix(1)
+    await reader.prefix(2)
+    assert told == [(10, True), (11, True), (12, True), (10, False)]
+    told.clear()
+    await writer.tier.evict([object_key(1)])
+    await writer.tier.close()
+    with pytest.raises(ObjectMissingError):
+        await reader.get(1, 0, 10)
+    assert told == [(1, False), (11, False)]
 
 
 async def test_a_shared_index_has_a_bound(open_shared: Open) -> None:
