@@ -58,7 +58,7 @@ Outcome = Literal["complete", "partial", "failed"]
 Step = Literal["offload", "onboard"]
 
 #: What it decides: how a tier block is stored or that it is not, whether a found prefix is promised.
-Action = Literal["compress", "raw", "skip", "onboard", "trim", "recompute", "probe"]
+Action = Literal["compress", "skip", "onboard", "trim", "recompute", "probe"]
 
 # The first class that fits names the reason, so subclasses stand before their bases.
 _MISS_REASONS: tuple[tuple[type[KvtcError], MissReason], ...] = (
