@@ -148,6 +148,10 @@ class TransferConfig(Section):
     max_descriptors: Annotated[int, Field(ge=1, le=65536)] = 16384
     """Most descriptors in flight; more than 65536 kill NIXL's backends."""
 
+    interface: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._:,@-]*$")] = "lo"
+    """Network interface that UCX opens its sockets on; copies stay within the process. Empty, or with
+    UCX_NET_DEVICES or UCX_TLS in the environment: as UCX chooses, by default every interface."""
+
     io_uring: bool = True
     """Read and write files with io_uring where a trial transfer at start shows that it works; Linux
     AIO otherwise."""

@@ -95,7 +95,9 @@ async def open_adapter(
         agent = await opened.enter_async_context(
             await TransferAgent.create(
                 AgentSettings(
-                    io_uring=config.transfer.io_uring, max_descriptors=config.transfer.max_descriptors
+                    io_uring=config.transfer.io_uring,
+                    max_descriptors=config.transfer.max_descriptors,
+                    interface=config.transfer.interface,
                 )
             )
         )

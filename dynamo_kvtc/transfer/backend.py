@@ -5,6 +5,7 @@ Backends are always named: NIXL's own probing of GDS hangs where its driver is m
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import itertools
@@ -13,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +47,7 @@ NixlHandle = Any
 
 _log = logging.getLogger(__name__)
 
+_UCX_DEVICES = "UCX_NET_DEVICES"
 _PROBE_BYTES = 4096
 _PROBE_TIMEOUT_S = 5.0
 _serial = itertools.count()
@@ -84,7 +86,7 @@ def load_nixl() -> ModuleType:
     )
 
 
-def create_nixl_agent(name: str, *, io_uring: bool) -> tuple[NixlHandle, str]:
+def create_nixl_agent(name: str, *, io_uring: bool, interface: str = "lo") -> tuple[NixlHandle, str]:
     """Create a NIXL agent with UCX for memory and POSIX for files.
 
     To be called in the thread that makes every later call.
@@ -111,13 +113,31 @@ def create_nixl_agent(name: str, *, io_uring: bool) -> tuple[NixlHandle, str]:
         _log.info("io_uring does not work here, using AIO: %s", error)
         agent, file_mode = _create(name, {"use_aio": "true"}), "aio"
     try:
-        agent.create_backend(UCX, {})
+        with _ucx_bound_to(interface):
+            agent.create_backend(UCX, {})
     except Exception as error:
         raise TransferError(
             f"NIXL's UCX backend cannot start: {error!r}; if UCX_TLS or UCX_NET_DEVICES is set "
             f"(UCX_TLS={os.environ.get('UCX_TLS', '')!r}), it must allow tcp or a fabric besides self and sm"
         ) from error
     return agent, file_mode
+
+
+@contextlib.contextmanager
+def _ucx_bound_to(interface: str) -> Iterator[None]:
+    """Keep UCX from listening on every interface while it starts.
+
+    Only its environment says where; NIXL's own parameter means InfiniBand devices. Whoever has set that
+    environment (the engine, for its own connector) has decided.
+    """
+    if not interface or os.environ.get(_UCX_DEVICES) or os.environ.get("UCX_TLS"):
+        yield
+        return
+    os.environ[_UCX_DEVICES] = interface
+    try:
+        yield
+    finally:
+        del os.environ[_UCX_DEVICES]
 
 
 def _io_uring_survives_errors() -> bool:

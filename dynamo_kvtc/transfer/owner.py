@@ -120,7 +120,9 @@ class OwnerThread:
         if settings.object_store is not None:
             self._agent = create_object_agent(settings.name, settings.object_store)
         else:
-            self._agent, self.file_mode = create_nixl_agent(settings.name, io_uring=settings.io_uring)
+            self._agent, self.file_mode = create_nixl_agent(
+                settings.name, io_uring=settings.io_uring, interface=settings.interface
+            )
 
     @property
     def memory_backends(self) -> list[str]:

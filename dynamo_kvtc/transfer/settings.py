@@ -18,6 +18,10 @@ class AgentSettings:
         Prefix of the NIXL agent's name; a process-unique suffix is added.
     io_uring : bool
         Try io_uring for files. A real transfer at start decides whether it works; Linux AIO otherwise.
+    interface : str
+        Network interface that UCX opens its sockets on; all copies stay within the process, so it is the
+        loopback one. Empty leaves it to UCX, which listens on every interface; so do the variables
+        ``UCX_NET_DEVICES`` and ``UCX_TLS`` if they are set.
     max_descriptors : int
         Descriptors in flight at any time; more than 65,536 kill NIXL's POSIX backend.
     max_post_bytes : int
@@ -35,6 +39,7 @@ class AgentSettings:
 
     name: str = "kvtc"
     io_uring: bool = True
+    interface: str = "lo"
     max_descriptors: int = 16_384
     max_post_bytes: int = 4 << 20
     max_transfers: int = 256
