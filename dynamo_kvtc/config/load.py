@@ -243,11 +243,18 @@ def _model_at(loc: Sequence[str | int]) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else _TIER_MODELS.get(part)
-        # Python 3.10 takes list[...] for a class.
-        if get_origin(inner) is None and isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
+        inner = _sections(field.annotation) if field else {_TIER_MODELS.get(part)}
+        if len(inner) == 1 and (only := inner.pop()) is not None:
+            model = only
     return model
+
+
+def _sections(annotation: Any) -> set[type[BaseModel] | None]:
+    """Return the models in a field's type: its own, one that may be null, that of a list's items."""
+    # Python 3.10 takes list[...] for a class.
+    if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {model for part in get_args(annotation) for model in _sections(part)}
 
 
 def _message(detail: Any, model: type[BaseModel]) -> str:

@@ -1,11 +1,7 @@
-"""Kernels run on a GPU if there is one, and in Triton's interpreter otherwise.
-
-The interpreter is chosen when a kernel's module is imported, hence here, before any test module is.
-"""
+"""Kernels run on a GPU if there is one, and in Triton's interpreter otherwise (see `tests/conftest.py`)."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,9 +9,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "codec"))
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 

@@ -161,17 +161,21 @@ def test_the_memory_that_an_error_asks_for_is_enough() -> None:
 def test_a_plan_stays_within_what_it_was_given(
     memory: int, disk: int, ratio: float, connector: Any, name: str
 ) -> None:
-    result = plan(
-        PlanRequest(
-            read_model(name),
-            gpus=8,
-            gpu_memory=288 * GIB,
-            ratio=ratio,
-            memory=memory * GIB,
-            disk=disk * GIB,
-            connector=connector,
-        )
+    request = PlanRequest(
+        read_model(name),
+        gpus=8,
+        gpu_memory=288 * GIB,
+        ratio=ratio,
+        memory=memory * GIB,
+        disk=disk * GIB,
+        connector=connector,
     )
+    try:
+        result = plan(request)
+    except ConfigError as error:
+        # The index of a large disk of small objects takes memory too, and may leave none for a tier.
+        assert "leaves nothing for a host tier" in str(error)
+        return
     assert result.memory_limit <= memory * GIB
     assert result.volume <= disk * GIB
     assert result.staging >= result.token_bytes * 256  # holds the largest object

@@ -106,7 +106,7 @@ class StagingBudget:
         if nbytes > self.nbytes:
             raise LayoutError(
                 f"a batch takes {nbytes} bytes of device memory, the GPU codec may use {self.nbytes}: raise "
-                "codec.gpu.staging, or lower pipeline.offload_batch"
+                "the codec's staging_bytes, or encode fewer at once"
             )
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
