@@ -101,6 +101,19 @@ def test_an_unknown_key_of_a_tier_names_that_kinds_keys(write: Write) -> None:
     assert "did you mean path?" in found[1].message and "segment_size" in found[1].message
 
 
+def test_problems_in_sections_of_a_tier_are_told_in_their_own_words(write: Write) -> None:
+    keys = "encryption: {keys: [{id: a, fiel: b}], kyes: 1}"
+    found = problems(write(f"tiers: [{{kind: host, capacity: 1GiB, {keys}}}]\ncodec: {{profile: raw}}\n"))
+    assert [problem.where for problem in found] == [
+        "tiers[0].encryption.keys[0].file",
+        "tiers[0].encryption.keys[0].fiel",
+        "tiers[0].encryption.kyes",
+    ]
+    assert "is missing: File with 32 random bytes" in found[0].message
+    assert "did you mean file? Known here: file, id" in found[1].message
+    assert "did you mean keys?" in found[2].message
+
+
 def test_all_problems_are_reported_at_once(write: Write) -> None:
     text = TEN_LINES.replace("16", "many").replace("4GiB", "4 bananas") + "policy: {sink_tokens: -1}\n"
     path = write(text)
