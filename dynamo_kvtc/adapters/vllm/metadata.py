@@ -57,6 +57,8 @@ class KvtcConnectorMetadata(KVConnectorMetadata):  # type: ignore[misc]
         Finished requests whose blocks vLLM keeps until the worker reports that they are copied out.
     failures_seen : int
         How many failed layer-wise loads the scheduler knows of and has rolled back.
+    computes : bool
+        Whether the step computes anything, or only waits.
     """
 
     loads: list[LoadJob] = field(default_factory=list)
@@ -64,6 +66,7 @@ class KvtcConnectorMetadata(KVConnectorMetadata):  # type: ignore[misc]
     preempted: set[str] = field(default_factory=set)
     finishing: set[str] = field(default_factory=set)
     failures_seen: int = 0
+    computes: bool = False
 
 
 @dataclass

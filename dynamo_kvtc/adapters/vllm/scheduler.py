@@ -143,7 +143,8 @@ class KvtcScheduler:
         ]
         loads, self._loads = self._loads, []
         finishing, self._finishing = self._finishing, set()
-        return KvtcConnectorMetadata(loads, saves, preempted, finishing, self._failures)
+        computes = bool(scheduler_output.num_scheduled_tokens)
+        return KvtcConnectorMetadata(loads, saves, preempted, finishing, self._failures, computes)
 
     def _next_save(self, req_id: str, scheduled: int, output: SchedulerOutput) -> SaveJob | None:
         tracked = self._tracked.get(req_id)

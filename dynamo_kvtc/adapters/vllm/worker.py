@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 #: How long a step may wait for blocks of preempted requests to be copied out before they are given up.
 _PREEMPTION_PATIENCE_S = 0.1
 
+#: How long a step that computes nothing is held back while loads are under way.
+_IDLE_STEP_S = 0.002
+
 #: Added to the onboard's own deadline, which is the one that counts.
 _MARGIN_S = 10.0
 
@@ -88,6 +91,8 @@ class KvtcWorker:
         self._failures = 0
         self._saves: defaultdict[str, _Saves] = defaultdict(_Saves)
         self._finishing: set[str] = set()
+        #: Whether the present step computes anything.
+        self._ran_forward = False
         self._failures_reported = 0
         self._events: EventLog | None = None
         self._pending: list[ThreadedOffload] = []
@@ -192,6 +197,7 @@ class KvtcWorker:
 
     def wait_for_save(self, metadata: KvtcConnectorMetadata) -> None:
         """Queue the step's offloads; blocks are copied out in the background."""
+        self._ran_forward = metadata.computes
         self._end_layerwise()
         self._finishing |= metadata.finishing
         if not metadata.saves:
@@ -230,6 +236,10 @@ class KvtcWorker:
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """Return requests whose blocks are copied out, and requests whose loads have ended."""
+        if self._async and not self._ran_forward:
+            # The engine spins while it waits for loads alone; decoding needs the interpreter and the cores.
+            time.sleep(_IDLE_STEP_S)
+        self._ran_forward = False
         for req_id in finished_req_ids & self._async.keys():
             # Nobody waits for it any more; it is reported once it touches its blocks no more.
             onboard = self._async[req_id].onboard
