@@ -43,8 +43,9 @@ def _codec(golden: str) -> KvCodec:
     from golden_files import from_json, parameter_file  # type: ignore[import-not-found]
 
     parameters = from_json(parameter_file(golden).read_text())
-    if parse_header((GOLDEN / f"{golden}.kvtc").read_bytes()).profile is Profile.RAW:
-        return RawCodec(parameters.geometry, parameters.artifact_id)
+    header = parse_header((GOLDEN / f"{golden}.kvtc").read_bytes())
+    if header.profile is Profile.RAW:
+        return RawCodec(parameters.geometry, parameters.artifact_id, layer_groups=header.layer_groups)
     return open_codec(parameters, compute_dtype="float32", threads=1)
 
 

@@ -54,6 +54,7 @@ __all__ = [
     "header_size",
     "pack_header",
     "parse_header",
+    "peek_profile",
     "read_section",
     "write_stream",
 ]
@@ -68,6 +69,7 @@ _RESERVED_BYTES = 12
 _FIXED = struct.Struct(f"<8sHHBBBBIIIIIIQI{_RESERVED_BYTES}s32s32s")
 _ENTRY = struct.Struct("<HHBBHQIIQ")
 _CHECKSUM = struct.Struct("<Q")
+_PROFILE_AT = 12
 
 
 class Mapper(Protocol):
@@ -252,6 +254,12 @@ ReservedBitsError, ChunkTableError
     )
     check_header(header)
     return header
+
+
+def peek_profile(data: Buffer) -> int | None:
+    """Return the profile's number in a header that nobody has verified yet; None if `data` is too short."""
+    view = memoryview(data).cast("B")
+    return view[_PROFILE_AT] if len(view) > _PROFILE_AT else None
 
 
 def pack_header(header: StreamHeader) -> bytes:

@@ -325,9 +325,8 @@ def decode(data: bytes, parameters: dict) -> tuple[Header, dict[str, list[float]
         side: [[None] * header.layers for _ in range(header.tokens)] for side in ("keys", "values")
     }
     if header.profile == RAW:
-        require(all(count == 1 for _, count in header.groups), "StreamMismatchError")
-        for (layer, _), sections in header.groups.items():
-            decode_raw_layer(data, header, layer, sections[RAW_KV], kv)
+        for (first, count), sections in header.groups.items():
+            decode_raw_group(data, header, range(first, first + count), sections[RAW_KV], kv)
     else:
         profile = {"KVTC": KVTC, "RD": RD}[parameters.get("profile", "KVTC")]
         require(header.profile == profile, "StreamMismatchError")
@@ -342,15 +341,16 @@ def decode(data: bytes, parameters: dict) -> tuple[Header, dict[str, list[float]
     return header, flat
 
 
-def decode_raw_layer(data: bytes, header: Header, layer: int, chunks: list[Chunk], kv: dict) -> None:
+def decode_raw_group(data: bytes, header: Header, layers: range, chunks: list[Chunk], kv: dict) -> None:
     size = header.heads * header.head_size
-    expected = 2 * header.tokens * size * ITEMSIZE[header.dtype]
+    expected = len(layers) * 2 * header.tokens * size * ITEMSIZE[header.dtype]
     payload = read_payload(data, chunks, expected, expected)
     numbers = floats(payload, header.dtype)
-    for s, side in enumerate(("keys", "values")):
-        for token in range(header.tokens):
-            start = (s * header.tokens + token) * size
-            kv[side][token][layer] = numbers[start : start + size]
+    for i, layer in enumerate(layers):
+        for s, side in enumerate(("keys", "values")):
+            for token in range(header.tokens):
+                start = ((i * 2 + s) * header.tokens + token) * size
+                kv[side][token][layer] = numbers[start : start + size]
 
 
 def decode_group(data: bytes, header: Header, group: dict, rope: dict, kv: dict) -> None:

@@ -25,7 +25,7 @@ def decoders(stream: bytes, case: str) -> list[KvCodec]:
     parameters = from_json(parameter_file(case).read_text())
     header = parse_header(stream)
     if header.profile is Profile.RAW:
-        return [RawCodec(parameters.geometry, parameters.artifact_id)]
+        return [RawCodec(parameters.geometry, parameters.artifact_id, layer_groups=header.layer_groups)]
     reference = RdReferenceCodec if header.profile is Profile.RD else ReferenceCodec
     return [
         open_codec(parameters, compute_dtype="float32", threads=1),

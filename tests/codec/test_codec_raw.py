@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dynamo_kvtc.codec.base import TierBlock
 from dynamo_kvtc.codec.bitstream import Section, SectionKind, encode_chunk, write_stream
 from dynamo_kvtc.codec.entropy import DeflateCoder, StoreCoder
-from dynamo_kvtc.codec.geometry import CACHE_DTYPES, KvGeometry
+from dynamo_kvtc.codec.geometry import CACHE_DTYPES, KvGeometry, LayerRange
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.errors import BitstreamError, LayoutError, StreamMismatchError
 
@@ -43,10 +43,15 @@ def bits(tensor: torch.Tensor) -> bytes:
     tokens=st.integers(1, 40),
     position=st.integers(0, 1 << 40),
     deflate=st.booleans(),
+    first_group=st.none() | st.integers(1, 4),
 )
-def test_decoding_is_bit_exact(layers, heads, head_size, dtype, tokens, position, deflate):
+def test_decoding_is_bit_exact(layers, heads, head_size, dtype, tokens, position, deflate, first_group):
     geometry = KvGeometry(layers, heads, head_size, dtype)
-    codec = RawCodec(geometry, coder=DeflateCoder() if deflate else None)
+    groups = None
+    if first_group is not None:
+        first = min(first_group, layers)
+        groups = [LayerRange(0, first), *([LayerRange(first, layers - first)] if first < layers else [])]
+    codec = RawCodec(geometry, coder=DeflateCoder() if deflate else None, layer_groups=groups)
     block = random_block(
         geometry, tokens, first_position=position, sink_tokens=min(4, tokens), binding=bytes(range(32))
     )
@@ -94,6 +99,23 @@ def test_a_batch_encodes_as_its_blocks_do():
     codec = RawCodec(geometry)
     blocks = [random_block(geometry, tokens, tokens) for tokens in (1, 4, 9)]
     assert codec.encode(blocks) == [codec.encode([block])[0] for block in blocks]
+
+
+def test_the_layers_of_a_group_lie_one_after_the_other():
+    geometry = KvGeometry(3, 1, 8)
+    block = random_block(geometry, 5)
+    one = RawCodec(geometry)
+    together = RawCodec(geometry, layer_groups=[LayerRange(0, 2), LayerRange(2, 1)])
+    streams = [codec.encode([block])[0] for codec in (one, together)]
+    payloads = []
+    for codec, stream in zip((one, together), streams, strict=True):
+        header = codec.read_header(stream)
+        payloads.append(
+            b"".join(stream[slice(*header.group_span(g))] for g in range(len(header.layer_groups)))
+        )
+    assert payloads[0] == payloads[1]
+    with pytest.raises(StreamMismatchError, match="layer groups"):
+        one.read_header(streams[1])
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ CASES = {
     "yarn.far": (1, 17, 4_096, 0, 8),
     "yarn.sinks16": (1, 5, 0, 4, 16),
     "yarn.raw": (None, 2, 7, 0, 16),
+    "gqa.raw-as-artifact": (None, 12, 32, 0, 16),
     "linear.only-sinks": (1, 4, 0, 4, 8),
     "linear.plan1": (1, 10, 20, 0, 8),
     "rd-gqa.plan1": (1, 33, 64, 0, 8),
@@ -135,7 +136,8 @@ def codec_for(case: str, parameters: AnyParameters) -> KvCodec:
     plan_id, _, _, _, sink_bits = CASES[case]
     if plan_id is None:
         coder = DeflateCoder() if case.endswith("deflate") else None
-        return RawCodec(parameters.geometry, parameters.artifact_id, coder)
+        layer_groups = [group.layers for group in parameters.groups] if "as-artifact" in case else None
+        return RawCodec(parameters.geometry, parameters.artifact_id, coder, layer_groups)
     return open_codec(
         parameters, ratio=parameters.ratios[plan_id], sink_bits=sink_bits, compute_dtype="float32", threads=1
     )
