@@ -25,7 +25,7 @@ from dynamo_kvtc.demo.run import DemoSettings, measure_serving
 from dynamo_kvtc.demo.tables import quality_table, serving_table
 from dynamo_kvtc.evaluation import EvaluationProtocol, EvaluationReport, evaluate
 
-__all__ = ["command"]
+__all__ = ["calibration_settings", "command"]
 
 
 def command(
@@ -96,8 +96,8 @@ def _checked_ratio(profile: str, ratio: float | None) -> float:
     return ratio
 
 
-def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
-    """Make an artifact, or take the one that an earlier run made with the same settings."""
+def calibration_settings(out: Path, profile: str, short: bool) -> CalibrationSettings:
+    """Return how the demo calibrates a profile, into which folder below `out`."""
     name = "artifact" if profile == "rd" else f"artifact-{profile}"
     settings = CalibrationSettings(
         model=BUILTIN_SMOLLM2,
@@ -120,6 +120,12 @@ def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
             sensitivity_documents=4,
             scored_tokens=192,
         )
+    return settings
+
+
+def _calibrate(out: Path, profile: str, short: bool) -> Artifact:
+    """Make an artifact, or take the one that an earlier run made with the same settings."""
+    settings = calibration_settings(out, profile, short)
     with progress() as bar:
         task = bar.add_task("calibrating", total=None)
 

@@ -178,13 +178,10 @@ def test_our_spec_serves_the_second_turn(model: Path, prompts: list[list[int]], 
 @pytest.mark.slow
 @pytest.mark.model
 def test_compressed_chunks_change_answers_little(
-    model: Path, prompts: list[list[int]], tmp_path: Path
+    model: Path, prompts: list[list[int]], tmp_path: Path, artifact: Path
 ) -> None:
-    artifact = os.environ.get("DYNAMO_KVTC_TEST_ARTIFACT")
-    if artifact is None:
-        pytest.skip("DYNAMO_KVTC_TEST_ARTIFACT names no artifact of SmolLM2-135M for bfloat16")
-    profile = json.loads((Path(artifact) / "artifact.json").read_text())["profile"]
-    ours = {"artifact": artifact, "codec": {"profile": profile, "ratio": 20, "threads": 2}}
+    profile = json.loads((artifact / "artifact.json").read_text())["profile"]
+    ours = {"artifact": str(artifact), "codec": {"profile": profile, "ratio": 20, "threads": 2}}
     answered = serve(model, prompts, our_spec(tmp_path, **ours), rounds=2, dtype="bfloat16")
     computed, loaded = answered["rounds"]
     metrics = answered["metrics"]

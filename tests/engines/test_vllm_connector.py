@@ -155,10 +155,7 @@ def test_what_preempted_requests_saved_is_sound(crowded: dict[str, Any], referen
         assert found["logprobs"] == pytest.approx(expected["logprobs"][:2], abs=2e-5)
 
 
-def test_compressed_prefixes_keep_the_next_token_distribution(folder: Path) -> None:
-    artifact = HERE.parents[1] / "demo-output" / "artifact-short"
-    if not artifact.exists():
-        pytest.skip("needs the demo's artifact (make demo-short)")
+def test_compressed_prefixes_keep_the_next_token_distribution(folder: Path, artifact: Path) -> None:
     outcome = run("compressed", folder, str(artifact))
     counters = outcome["counters"]
     assert outcome["cached"] == [512] * 6 and counters["onboarded_tokens"] >= 512
