@@ -308,6 +308,13 @@ METRICS: tuple[Metric, ...] = (
         _tier_by("not_admitted"),
         *("tier", "reason"),
     ),
+    _counter(
+        "tier_pauses",
+        "How often a tier was left alone because it kept failing or timing out.",
+        _tier("pauses"),
+        "tier",
+    ),
+    _gauge("tier_paused", "1 while a tier is passed over for that reason.", _tier("paused"), "tier"),
     _counter("promotions", "Objects copied from a slower tier into the first.", _at("promotions")),
     _counter(
         "failed_puts", "Puts that a tier failed while another tier took the object.", _at("failed_puts")

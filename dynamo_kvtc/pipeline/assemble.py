@@ -36,6 +36,7 @@ from dynamo_kvtc.policy.admission import Admission
 from dynamo_kvtc.policy.guard import GuardSettings, QualityGuard
 from dynamo_kvtc.tiers.access import check_private
 from dynamo_kvtc.tiers.base import Gate, Tier
+from dynamo_kvtc.tiers.breaker_tier import BreakerTier
 from dynamo_kvtc.tiers.disk import DiskSettings, DiskTier
 from dynamo_kvtc.tiers.encrypted import EncryptedTier
 from dynamo_kvtc.tiers.encryption_keys import KeyRing, read_key
@@ -112,7 +113,10 @@ async def open_adapter(
             if tier_config.encryption is not None:
                 tier = await _encrypted(tier, tier_config.encryption, agent, config.transfer.staging)
                 opened.push_async_callback(tier.close)
-            tiers.append(wrap_tier(tier))
+            tier = wrap_tier(tier)
+            if not isinstance(tier_config, ObjectTierConfig):  # those have a breaker for each request
+                tier = BreakerTier(tier, staging)
+            tiers.append(tier)
         adapter = TierAdapter(
             codec,
             artifact_id,

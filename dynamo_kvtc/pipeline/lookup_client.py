@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Any
 
 from dynamo_kvtc.errors import KvtcError, LookupServiceError
 from dynamo_kvtc.pipeline import frames
+from dynamo_kvtc.tiers.breaker import CircuitBreaker
 
 __all__ = ["LookupClient", "Lookups"]
 
@@ -116,12 +117,15 @@ class _Pending:
     answer: Future[int]
     asked: float
     num_hashes: int
+    #: Whether the breaker knows how it ended.
+    is_settled: bool = False
 
 
 class Lookups:
     """Lookups in the background, one per request, for a scheduler that comes back to ask.
 
-    Callable from one thread.
+    After three lookups in a row that failed or took too long, none is asked for a while: every request is a
+    miss at once, but for one at a time that tries. Callable from one thread.
 
     Parameters
     ----------
@@ -145,8 +149,10 @@ class Lookups:
         patience_s: float = 0.002,
         lifetime_s: float = 2.0,
         limit: int = 4096,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self._client = client
+        self._breaker = breaker or CircuitBreaker()
         self._timeout_s, self._patience_s, self._lifetime_s = timeout_s, patience_s, lifetime_s
         self._limit = limit
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
@@ -161,9 +167,14 @@ class Lookups:
         now = time.monotonic()
         pending = self._pending.get(request)
         if pending is None or pending.num_hashes != len(hashes) or now - pending.asked > self._lifetime_s:
+            self.forget(request)
+            if not self._breaker.allow():
+                return 0
             pending = self._ask(request, list(hashes), salt, now)
         try:
-            return pending.answer.result(self._patience_s)
+            found = pending.answer.result(self._patience_s)
+            self._settle(pending, self._breaker.succeeded)
+            return found
         except (TimeoutError, FutureTimeoutError):
             if time.monotonic() - pending.asked < self._timeout_s:
                 return None
@@ -172,6 +183,7 @@ class Lookups:
         except KvtcError as error:
             self.failed += 1
             _log.warning("a lookup failed and counts as a miss: %s", error)
+        self._settle(pending, self._breaker.failed)
         # Asked no more for this request before the answer would have been renewed anyway.
         settled: Future[int] = Future()
         settled.set_result(0)
@@ -183,6 +195,7 @@ class Lookups:
         pending = self._pending.pop(request, None)
         if pending is not None:
             pending.answer.cancel()
+            self._settle(pending, self._breaker.undecided)
 
     def forget_all(self) -> None:
         """Drop what is known of every request."""
@@ -200,8 +213,13 @@ class Lookups:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
+    @staticmethod
+    def _settle(pending: _Pending, report: Callable[[], None]) -> None:
+        if not pending.is_settled:
+            pending.is_settled = True
+            report()
+
     def _ask(self, request: str, hashes: list[bytes], salt: bytes, now: float) -> _Pending:
-        self.forget(request)
         while len(self._pending) >= self._limit:
             self.forget(next(iter(self._pending)))
         answer = self._thread.submit(self._client.lookup, hashes, salt=salt, timeout_s=self._timeout_s)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -81,6 +82,9 @@ class _Opened:
     block_ids: list[int]
 
 
+#: Reads end at this share of an onboard's deadline, so that a tier is told when it was what took too long.
+_READ_SHARE = 0.95
+
 #: What the reader hands over: a unit, its tier blocks' bytes, and the staging leases they lie in. None
 #: is the end.
 _UnitQueue = asyncio.Queue[tuple[Unit, list[memoryview], AsyncExitStack] | None]
@@ -138,9 +142,11 @@ class _Request:
         #: Tier blocks in front of the first one that failed; the request shrinks to these.
         self._sound = len(refs)
         self._cause: BaseException | None = None
+        self._read_until = 0.0
 
     async def run(self) -> None:
         """Drive the request to its end; the only place where it succeeds or fails."""
+        self._read_until = time.monotonic() + _READ_SHARE * self._settings.timeout_s
         pinned = self._tiers.pin(ref.key for ref in self._refs)
         try:
             await asyncio.wait_for(self._load(), self._settings.timeout_s)
@@ -294,7 +300,8 @@ class _Request:
         """Read a unit; a failure ends the request in front of the first tier block that fails."""
         try:
             with self._timed("transfer", unit.group, unit.first, unit.count):
-                await self._tiers.get(reads, timeout_s=self._settings.timeout_s)
+                left = max(0.0, self._read_until - time.monotonic())
+                await self._tiers.get(reads, timeout_s=left)
         except KvtcError as error:
             missing = unit.first
             if isinstance(error, ObjectMissingError):

@@ -95,7 +95,8 @@ class TierStats:
     """A tier's counters since it was opened, and its present fill.
 
     ``lookups`` counts keys asked for in `contains_prefix`, the denominator of ``hits``. ``not_admitted``
-    counts objects that a gate in front of the tier kept out, by reason.
+    counts objects that a gate in front of the tier kept out, by reason. ``pauses`` counts how often the tier
+    was left alone because it kept failing or timing out; ``paused`` is 1 while it is passed over for that.
     """
 
     objects: int
@@ -113,6 +114,8 @@ class TierStats:
     rejected_full: int
     corrupt_dropped: int
     not_admitted: Mapping[str, int] = field(default_factory=dict)
+    pauses: int = 0
+    paused: int = 0
 
 
 class Gate(Protocol):

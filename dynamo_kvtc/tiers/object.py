@@ -21,7 +21,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dynamo_kvtc.errors import (
@@ -33,10 +33,10 @@ from dynamo_kvtc.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.tiers.base import ReadRequest, TierKey
+from dynamo_kvtc.tiers.base import ReadRequest, TierKey, TierStats
+from dynamo_kvtc.tiers.breaker import CircuitBreaker
 from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.tiers.indexed import IndexedTier
-from dynamo_kvtc.tiers.object_breaker import CircuitBreaker
 from dynamo_kvtc.tiers.object_client import AccessDeniedError, BucketClient, BucketMissingError, BucketPlace
 from dynamo_kvtc.tiers.object_deletion import Deletions
 from dynamo_kvtc.tiers.object_format import HEADER_BYTES, key_of, object_name, pack_object, unpack_object
@@ -350,6 +350,11 @@ class ObjectTier(IndexedTier):
     def _space(self) -> tuple[int, int]:
         allocated = self._allocated()
         return allocated, max(0, self._capacity_bytes - allocated)
+
+    def stats(self) -> TierStats:
+        """Return the counters, with what the breaker did."""
+        paused = int(self.breaker.state == "open")
+        return replace(super().stats(), pauses=self.breaker.openings, paused=paused)
 
     async def close(self) -> None:
         """Finish deletions, for a while; the objects stay in the bucket. Idempotent."""

@@ -14,7 +14,7 @@ from dynamo_kvtc.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.tiers.object_breaker import CircuitBreaker
+from dynamo_kvtc.tiers.breaker import CircuitBreaker
 
 __all__ = ["RequestGate"]
 

@@ -11,12 +11,19 @@ from random_rd import write_random_rd_artifact
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.config import Config, load_config
-from dynamo_kvtc.errors import ArtifactFormatError, ArtifactMismatchError, ConfigError, TierInUseError
+from dynamo_kvtc.errors import (
+    ArtifactFormatError,
+    ArtifactMismatchError,
+    ConfigError,
+    OnboardError,
+    TierInUseError,
+)
 from dynamo_kvtc.pipeline.assemble import open_adapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.paged import PagedKvCache
-from dynamo_kvtc.testing import ThrottledTier
+from dynamo_kvtc.testing import ThrottledTier, TierWrapper
 from dynamo_kvtc.tiers.base import Tier
+from dynamo_kvtc.tiers.breaker_tier import BreakerTier
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_size=8, dtype="float32")
 
@@ -100,7 +107,11 @@ async def test_tiers_can_be_wrapped_for_measurements(tmp_path: Path) -> None:
         return ThrottledTier(tier, 1e9)
 
     async with await open_adapter(config, GEOMETRY, 16, wrap_tier=wrap) as adapter:
-        assert all(isinstance(tier, ThrottledTier) for tier in adapter.tiers.tiers)
+        # A breaker is around whatever else is.
+        assert all(
+            isinstance(tier, BreakerTier) and isinstance(tier.inner, ThrottledTier)
+            for tier in adapter.tiers.tiers
+        )
 
 
 async def test_what_contradicts_the_engine_is_refused_and_nothing_stays_open(tmp_path: Path) -> None:
@@ -170,3 +181,42 @@ def _rd_config(folder: Path, codec: dict[str, Any], first_tier: dict[str, float]
             "transfer": {"staging": "2MiB"},
         }
     )
+
+
+class StuckReads(TierWrapper):
+    """Reads that never end, whatever deadline they are given."""
+
+    gets = 0
+
+    async def get(self, reads: Any, *, timeout_s: float) -> None:
+        self.gets += 1
+        await asyncio.sleep(3600)
+
+
+async def test_a_tier_that_hangs_costs_three_requests_their_deadline_and_no_more(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, RAW + "pipeline: {onboard_timeout: 1100ms}\n"))
+    cache = PagedKvCache.from_layers([torch.randn(2, 8, 16, 2, 8) for _ in range(3)], "2BNHD")
+    blocks = SequenceBlocks([bytes([i]) for i in range(8)], list(range(8)))
+    stuck: list[StuckReads] = []
+
+    def wrap(tier: Tier) -> Tier:
+        stuck.append(StuckReads(tier))
+        return stuck[-1]
+
+    async with await open_adapter(config, GEOMETRY, 16, wrap_tier=wrap) as adapter:
+        await adapter.offload(blocks, cache).wait()
+        for _ in range(3):
+            assert await adapter.lookup(blocks.hashes) == 128
+            with pytest.raises(OnboardError):
+                await adapter.onboard(blocks, cache).wait()
+        host, disk = stuck
+        # The disk has the same blocks, and takes over.
+        assert (host.gets, disk.gets) == (3, 0)
+        assert adapter.status().tiers["host0"].paused == 1
+        for _ in range(3):
+            assert await adapter.lookup(blocks.hashes) == 128
+            with pytest.raises(OnboardError):
+                await adapter.onboard(blocks, cache).wait()
+        for _ in range(20):
+            assert await adapter.lookup(blocks.hashes) == 0
+        assert (host.gets, disk.gets) == (3, 3)

@@ -16,6 +16,7 @@ from dynamo_kvtc.errors import ConfigError, LookupServiceError
 from dynamo_kvtc.pipeline import frames
 from dynamo_kvtc.pipeline.lookup_client import LookupClient, Lookups
 from dynamo_kvtc.pipeline.lookup_service import LookupService, socket_path
+from dynamo_kvtc.tiers.breaker import CircuitBreaker
 
 
 @pytest.fixture
@@ -162,3 +163,31 @@ def test_hashes_survive_packing(hashes: list[bytes]) -> None:
 def test_hashes_of_different_lengths_are_refused() -> None:
     with pytest.raises(LookupServiceError, match="same length"):
         frames.pack_hashes([b"x", b"yz"])
+
+
+def test_a_service_that_never_answers_stops_costing_each_request_its_deadline(path: Path) -> None:
+    server = silent_server(path)
+    now = [100.0]
+    breaker = CircuitBreaker(clock=lambda: now[0])
+    lookups = Lookups(LookupClient(path), timeout_s=0.05, breaker=breaker)
+
+    def ask(request: str) -> tuple[int, bool]:
+        """Return what is found, and whether it took more than one question."""
+        answer = lookups.get(request, [b"x"])
+        waited = answer is None
+        while answer is None:
+            answer = lookups.get(request, [b"x"])
+        return answer, waited
+
+    assert [ask(f"first {index}") for index in range(3)] == [(0, True)] * 3
+    assert [ask(f"then {index}") for index in range(20)] == [(0, False)] * 20
+    now[0] += 6
+    assert (ask("tries"), ask("does not")) == ((0, True), (0, False))
+    # A request that is given up while it tries leaves the trial to the next one.
+    now[0] += 11
+    assert lookups.get("aborted", [b"x"]) is None
+    assert ask("does not") == (0, False)
+    lookups.forget("aborted")
+    assert ask("tries instead") == (0, True)
+    lookups.close()
+    server.close()

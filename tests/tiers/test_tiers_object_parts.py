@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dynamo_kvtc.errors import ObjectCorruptError, TierError, TransferError
-from dynamo_kvtc.tiers.object_breaker import CircuitBreaker
+from dynamo_kvtc.tiers.breaker import CircuitBreaker
 from dynamo_kvtc.tiers.object_client import shared_credentials, static_credentials
 from dynamo_kvtc.tiers.object_format import HEADER_BYTES, key_of, object_name, pack_object, unpack_object
 from dynamo_kvtc.tiers.object_lookup import BucketLookup

@@ -1,4 +1,4 @@
-"""A circuit breaker: a store that keeps failing is left alone, then tried with one request."""
+"""A circuit breaker: what keeps failing is left alone, then tried with one request."""
 
 from __future__ import annotations
 
@@ -60,6 +60,12 @@ class CircuitBreaker:
         self._failures = 0
         self._open_until = None
         self._next_pause_s = self._pause_s
+        self._probing = False
+
+    def on_trial(self) -> None:
+        """Close, after a trial that says little: the next failure opens the breaker again, for longer."""
+        self._failures = self._limit - 1
+        self._open_until = None
         self._probing = False
 
     def failed(self) -> None:
