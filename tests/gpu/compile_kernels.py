@@ -78,7 +78,7 @@ def main() -> None:
     triton.runtime.driver.set_active(_Driver(capability))  # type: ignore[arg-type]
     compiled = _Compiled()
     JITFunction.run = lambda self, *args, **options: compiled(self, *args, **options)  # type: ignore[method-assign]
-    gpu = GpuDevice(torch.device("cpu"), programs=4)
+    gpu = GpuDevice(torch.device("cpu"), programs=4, stages=4)
     geometry = KvGeometry(4, 2, int(sys.argv[2]), sys.argv[3])
     for parameters in (
         make_parameters(geometry, groups=2, ratios=(4.0,)),

@@ -39,6 +39,14 @@ def gpu_problem() -> str | None:
     return None
 
 
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have: what Triton checks kernels against."""
+    import triton
+
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(found["max_shared_mem"])
+
+
 def require_gpu() -> None:
     """Raise unless the GPU codec can run here.
 
@@ -82,6 +90,9 @@ class GpuDevice:
         A CUDA device, or the CPU for the interpreter.
     programs : int
         SMs that the codec's kernels may occupy at a time.
+    stages : int
+        Steps of a product that are loaded ahead: four where an SM has shared memory for them (data centre
+        GPUs), else three.
     stream, upload_stream : torch.cuda.Stream or None
         For kernels, and for copies to the device; None on a CPU.
     """
@@ -90,11 +101,15 @@ class GpuDevice:
     programs: int
     stream: torch.cuda.Stream | None = None
     upload_stream: torch.cuda.Stream | None = None
+    stages: int = 3
     _interpreted: bool = field(default=False, repr=False)
 
     #: Programs on an SM: of matrix products, which fill one each, and of kernels that only move bytes.
     MATRIX = 1
     STREAMING = 8
+
+    #: Shared memory of a program whose product's steps of 32 KiB are loaded four ahead.
+    FOUR_STAGES_BYTES = 136 << 10
 
     @classmethod
     def open(cls, device: torch.device | str = "cuda", *, sm_share: float = 0.5) -> GpuDevice:
@@ -125,6 +140,7 @@ class GpuDevice:
             max(1, int(sms * sm_share)),
             torch.cuda.Stream(found, priority=0),  # type: ignore[no-untyped-call]
             torch.cuda.Stream(found, priority=0),  # type: ignore[no-untyped-call]
+            stages=4 if _shared_memory(found) >= cls.FOUR_STAGES_BYTES else 3,
         )
 
     @classmethod
@@ -157,6 +173,14 @@ class GpuDevice:
     def grid(self, tiles: int, per_sm: int) -> tuple[int]:
         """Return the grid of a kernel that walks over `tiles` tiles."""
         return (max(1, min(tiles, self.programs * per_sm)),)
+
+    def layers_at_once(self, tiles: int, layers: int) -> int:
+        """Return how many layers of `tiles` tiles one launch of a product should take.
+
+        Enough for two rounds over the SMs, where a layer has fewer tiles than that: narrow layers (one rank
+        of eight) and short sequences would leave most SMs idle.
+        """
+        return max(1, min(layers, 2 * self.programs * self.MATRIX // max(1, tiles)))
 
     def tile(self, size: int, block: int) -> int:
         """Return the edge of a tile: `block`, or less in the interpreter, whose time is that of the elements.

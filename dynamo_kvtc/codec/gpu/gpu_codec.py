@@ -83,6 +83,7 @@ class GpuCodec(PagedCodec):
         self.budget = StagingBudget(staging_bytes)
         self._pairs = channel_pairs(self.parameters.rope, self.geometry.head_size)
         self._channels = gpu.upload(self._pairs)
+        self._in_order = torch.equal(self._pairs.flatten(), torch.arange(self.geometry.head_size))
         self._made: dict[tuple[int, SectionKind, int], GpuSide] = {}
         self._lock = threading.Lock()
 
@@ -348,10 +349,12 @@ class GpuCodec(PagedCodec):
                 works.append(self._scatter_work(part, all_slots[start:stop]))
                 start = stop
             events: list[Completion] = []
-            for layer in range(layers.first, layers.stop):
+            run = gpu.layers_at_once(sum(work.tiles(caches[0]) for work in works), layers.count)
+            for first in range(layers.first, layers.stop, run):
+                together = LayerRange(first, min(run, layers.stop - first))
                 for work in works:
-                    work.launch(layer, keys[layer], values[layer], *caches)
-                events.append(gpu.record())
+                    work.launch(together, keys, values, *caches)
+                events += [gpu.record()] * together.count
         return events
 
     def _scatter_work(self, part: DeviceGroup, slots: torch.Tensor) -> ScatterWork:
@@ -378,7 +381,7 @@ class GpuCodec(PagedCodec):
                 f"a cache of {first.dtype} on {first.device}; the codec serves {geometry.torch_dtype} on "
                 f"{self.device}"
             )
-        return PagedSide.of(views, self._channels)
+        return PagedSide.of(views, self._channels, in_order=self._in_order)
 
     def _side(self, group: int, kind: SectionKind, plan_id: int) -> GpuSide:
         key = (group, kind, plan_id)

@@ -71,6 +71,6 @@ class KvtcGpuSide(GpuSide):
     ) -> torch.Tensor:
         """Unpack and dequantise a batch; see `GpuSide.decode`."""
         sections = Sections.make(self._gpu, counts, offsets)
-        coefficients = payload.new_empty((sections.columns, self.stored), dtype=torch.bfloat16)
+        coefficients = self._empty_coefficients(sections.columns)
         unpack_groups(self._gpu, payload, self._tables, sections, coefficients, faults)
         return coefficients

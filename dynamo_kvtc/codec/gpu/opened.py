@@ -47,7 +47,7 @@ class DeviceGroup:
     group, plan_id : int
         Which layer group, and the plan that the coefficients follow.
     keys, values : torch.Tensor
-        Coefficients bfloat16 ``[coded tokens, stored]`` on the device.
+        Coefficients bfloat16 ``[coded tokens, padded]`` on the device, as `GpuSide.decode` leaves them.
     segments : tuple[Segment, ...]
         The streams.
     batch : object

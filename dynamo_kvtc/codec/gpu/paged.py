@@ -7,7 +7,7 @@ Any layout whose layers are views ``[blocks, block_size, heads, head_size]`` of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,9 @@ class PagedSide:
         int32 ``[2, head_size / 2]`` on the device: `channel_pairs`.
     strides : tuple[int, int, int, int]
         In elements, of blocks, tokens in a block, heads and channels; the same in every layer.
+    vector : bool
+        Whether a head's channels are contiguous, in pair order, and begin at multiples of 16 bytes: kernels
+        then move 16 bytes at a time.
     block_size, num_heads, head_size : int
         Tokens in a block, KV heads, channels.
     dtype : torch.dtype
@@ -70,14 +73,22 @@ class PagedSide:
     addresses: torch.Tensor
     channels: torch.Tensor
     strides: tuple[int, int, int, int]
+    vector: bool
     block_size: int
     num_heads: int
     head_size: int
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, views: Sequence[torch.Tensor], channels: torch.Tensor) -> PagedSide:
+    def of(
+        cls, views: Sequence[torch.Tensor], channels: torch.Tensor, *, in_order: bool = False
+    ) -> PagedSide:
         """Describe views ``[blocks, block_size, heads, head_size]``, one per layer.
+
+        Parameters
+        ----------
+        in_order : bool
+            Whether `channels` are 0, 1, 2, …
 
         Raises
         ------
@@ -88,11 +99,14 @@ class PagedSide:
         strides = first.stride()
         if any(view.stride() != strides for view in views):
             raise LayoutError("the layers of the paged cache have different strides; use one layout for all")
-        addresses = torch.tensor([view.data_ptr() for view in views], dtype=torch.int64)
+        places = [view.data_ptr() for view in views]
+        steps = [*places, *(stride * first.element_size() for stride in strides[:3])]
+        half_bytes = int(first.shape[3]) // 2 * first.element_size()
         return cls(
-            addresses.to(first.device),
+            torch.tensor(places, dtype=torch.int64).to(first.device),
             channels,
             (strides[0], strides[1], strides[2], strides[3]),
+            in_order and strides[3] == 1 and all(step % 16 == 0 for step in [*steps, half_bytes]),
             int(first.shape[1]),
             int(first.shape[2]),
             int(first.shape[3]),
@@ -101,15 +115,7 @@ class PagedSide:
 
     def layers(self, start: int, stop: int) -> PagedSide:
         """Return some of the layers."""
-        return PagedSide(
-            self.addresses[start:stop],
-            self.channels,
-            self.strides,
-            self.block_size,
-            self.num_heads,
-            self.head_size,
-            self.dtype,
-        )
+        return replace(self, addresses=self.addresses[start:stop])
 
     @property
     def triton_dtype(self) -> Any:

@@ -105,7 +105,7 @@ class RdGpuSide(GpuSide):
             escapes.append(extra // ESCAPE_BYTES if extra % ESCAPE_BYTES == 0 else -1)
             starts.append(offset + size - sum(self.layout.class_sizes(tokens)))
         sections = Sections.make(self._gpu, counts, starts)
-        coefficients = payload.new_empty((sections.columns, self.stored), dtype=torch.bfloat16)
+        coefficients = self._empty_coefficients(sections.columns)
         unpack_symbols(
             self._gpu,
             payload,

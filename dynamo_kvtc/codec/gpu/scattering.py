@@ -1,4 +1,4 @@
-"""An opened part on its way into the paged cache: slots, rotation tables, one launch per layer and side."""
+"""An opened part on its way into the paged cache: slots, rotation tables, launches of runs of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.kernels.reconstruct import reconstruct_layer
+from dynamo_kvtc.codec.gpu.kernels.reconstruct import layer_tiles, reconstruct_layers
 from dynamo_kvtc.codec.gpu.opened import DeviceGroup
 from dynamo_kvtc.codec.gpu.paged import PagedSide
 from dynamo_kvtc.codec.gpu.rotation import rotation_tables
@@ -70,22 +70,33 @@ class ScatterWork:
         self._rotation = rotation_tables(rope, positions, head_size, inverse=False)
         self._slots = gpu.upload(torch.cat(coded))
 
+    def tiles(self, side: PagedSide) -> int:
+        """Return the tiles of one launch of one layer."""
+        return layer_tiles(self._gpu, self._slots.numel(), side)
+
     def launch(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, key_side: PagedSide, value_side: PagedSide
+        self,
+        layers: LayerRange,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        key_side: PagedSide,
+        value_side: PagedSide,
     ) -> None:
-        """Launch one layer, into its views of the cache; to be called on the device's stream."""
-        part, index = self._part, layer - self._layers.first
-        for kind, view, cache, coefficients, rotation in (
-            (SectionKind.KEYS, keys, key_side, part.keys, self._rotation),
-            (SectionKind.VALUES, values, value_side, part.values, None),
+        """Launch layers of the group, into the cache's views of all layers; on the device's stream."""
+        part = self._part
+        own = slice(layers.first - self._layers.first, layers.stop - self._layers.first)
+        for kind, cache, coefficients, rotation in (
+            (SectionKind.KEYS, key_side, part.keys, self._rotation),
+            (SectionKind.VALUES, value_side, part.values, None),
         ):
             weights = self._weights(kind)
-            reconstruct_layer(
-                self._gpu, coefficients, weights.inverse[index], weights.mean[index], rotation, self._slots,
-                cache, view,
+            reconstruct_layers(
+                self._gpu, coefficients, weights.inverse[own], weights.mean[own], rotation, self._slots,
+                cache.layers(layers.first, layers.stop),
             )  # fmt: skip
         block_size = key_side.block_size
         for segment, slots, wanted in self._sinks:
             place = slots // block_size, slots % block_size
-            keys[place] = segment.sink_keys[index][wanted]
-            values[place] = segment.sink_values[index][wanted]
+            for layer in range(layers.first, layers.stop):
+                keys[layer][place] = segment.sink_keys[layer - self._layers.first][wanted]
+                values[layer][place] = segment.sink_values[layer - self._layers.first][wanted]

@@ -44,7 +44,14 @@ class GpuSide(ABC):
     @property
     def stored(self) -> int:
         """Components that the plan stores."""
-        return int(self.weights.forward.shape[1])
+        return self.weights.stored
+
+    def _empty_coefficients(self, tokens: int) -> torch.Tensor:
+        """Return bfloat16 ``[tokens, padded]`` with zeros behind the stored components."""
+        shape = (tokens, self.weights.padded)
+        coefficients = torch.empty(shape, dtype=torch.bfloat16, device=self._gpu.device)
+        coefficients[:, self.stored :] = 0
+        return coefficients
 
     @abstractmethod
     def slab_bytes(self, tokens: int) -> int:
@@ -109,5 +116,5 @@ class GpuSide(ABC):
         Returns
         -------
         torch.Tensor
-            bfloat16 ``[tokens, stored]``.
+            bfloat16 ``[tokens, padded]``, zeros behind the stored components.
         """

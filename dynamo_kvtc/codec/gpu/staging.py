@@ -11,9 +11,10 @@ import time
 import weakref
 from typing import Any
 
+from dynamo_kvtc.codec.gpu.weights import padded_components, stored_components
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.codec.packing import SectionLayout
-from dynamo_kvtc.codec.parameters import AnyParameters, RdSideParameters
+from dynamo_kvtc.codec.parameters import AnyParameters
 from dynamo_kvtc.codec.plan import BitPlan
 from dynamo_kvtc.codec.quantiser import PlanQuantiser
 from dynamo_kvtc.codec.rd_packing import RdLayout
@@ -33,10 +34,7 @@ def _payload_bytes(side: Any, plan_id: int) -> int:
 
 
 def _stored(side: Any, plan_id: int) -> int:
-    plan = side.plans[plan_id]
-    if isinstance(side, RdSideParameters):
-        return int(plan.components.numel())
-    return sum(int(group.size) for group in plan.groups)
+    return stored_components(side, plan_id).numel()
 
 
 def encode_bytes_per_token(parameters: AnyParameters, plan_id: int) -> int:
@@ -67,8 +65,12 @@ def decode_bytes_per_token(parameters: AnyParameters, plan_id: int) -> int:
     for group in parameters.groups:
         sides = (group.keys, group.values)
         payloads = sum(_payload_bytes(side, plan_id) for side in sides)
-        most = max(most, -(-3 * payloads // _TOKENS) + sum(2 * _stored(side, plan_id) for side in sides))
+        most = max(most, -(-3 * payloads // _TOKENS) + _coefficients(sides, plan_id))
     return most + 4 * parameters.geometry.head_size
+
+
+def _coefficients(sides: tuple[Any, ...], plan_id: int) -> int:
+    return sum(2 * padded_components(_stored(side, plan_id)) for side in sides)
 
 
 class StagingBudget:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.kernels.addressing import channel_offsets, layer_pointer
 from dynamo_kvtc.codec.gpu.kernels.rounding import to_bfloat16
 from dynamo_kvtc.codec.gpu.paged import PagedSide
 
@@ -44,13 +45,13 @@ def _gather_kernel(
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    VECTOR: tl.constexpr,
     ROTATE: tl.constexpr,
     IMPORTANCE: tl.constexpr,
 ):
     half = tl.arange(0, BLOCK_HALF)
     in_half = half < HALF
-    first_channel = tl.load(channels + half, mask=in_half, other=0).to(tl.int64) * stride_channel
-    second_channel = tl.load(channels + HALF + half, mask=in_half, other=0).to(tl.int64) * stride_channel
+    first_channel, second_channel = channel_offsets(channels, stride_channel, HALF, BLOCK_HALF, VECTOR)
     heads = num_layers * HEADS
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T) * heads, tl.num_programs(0)):
         head = tile % heads
@@ -58,7 +59,7 @@ def _gather_kernel(
         in_tokens = token < num_tokens
         mask = in_tokens[:, None] & in_half[None, :]
         slot = tl.load(slots + token, mask=in_tokens, other=0)
-        base = tl.load(addresses + head // HEADS).to(tl.pointer_type(DTYPE))
+        base = layer_pointer(addresses + head // HEADS, DTYPE, VECTOR)
         offset = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token
         source = base + head % HEADS * stride_head + offset[:, None]
         x = tl.load(source + first_channel[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -132,7 +133,7 @@ def gather_rows(
         mean if importance is None else importance, rows, partials, status, tokens, side.addresses.numel(),
         *side.strides,
         DTYPE=side.triton_dtype, BLOCK_SIZE=side.block_size, HEADS=side.num_heads, HALF=half,
-        BLOCK_HALF=triton.next_power_of_2(half), BLOCK_T=_BLOCK_T, ROTATE=rotation is not None,
-        IMPORTANCE=importance is not None, num_warps=4, enable_fp_fusion=False,
+        BLOCK_HALF=triton.next_power_of_2(half), BLOCK_T=_BLOCK_T, VECTOR=side.vector,
+        ROTATE=rotation is not None, IMPORTANCE=importance is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return partials.sum(1)

@@ -25,10 +25,12 @@ def _project_kernel(
     num_tokens,
     num_layers,
     stored,
+    padded,
     layer_size,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
@@ -38,8 +40,8 @@ def _project_kernel(
         token = (tile % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         in_rows, in_tokens = component < stored, token < num_tokens
         total = product_tile(
-            weights, rows, component, in_rows, token, in_tokens, num_layers, stored, layer_size,
-            BLOCK_R, BLOCK_T, BLOCK_K, WIDEN,
+            weights, rows, component, in_rows, token, in_tokens, num_layers, padded, layer_size,
+            BLOCK_R, BLOCK_T, BLOCK_K, EVEN_K, WIDEN,
         )  # fmt: skip
         target = coefficients + component.to(tl.int64)[:, None] * num_tokens + token[None, :]
         tl.store(target, total, mask=in_rows[:, None] & in_tokens[None, :])
@@ -53,21 +55,22 @@ def project_coefficients(
     Parameters
     ----------
     weights : torch.Tensor
-        bfloat16 ``[layers, stored, layer_size]``.
+        bfloat16 ``[layers, padded, layer_size]``.
     rows : torch.Tensor
         bfloat16 ``[tokens, layers * layer_size]``.
     coefficients : torch.Tensor
         float32 ``[stored, tokens]``, written.
     """
-    layers, stored, layer_size = weights.shape
-    tokens = rows.shape[0]
+    layers, padded, layer_size = weights.shape
+    stored, tokens = coefficients.shape
     block_t = gpu.tile(tokens, BLOCK_T)
     block_r = gpu.tile(stored, BLOCK_R)
+    block_k = gpu.tile(layer_size, BLOCK_K)
     tiles = triton.cdiv(stored, block_r) * triton.cdiv(tokens, block_t)
     if tiles:
         _project_kernel[gpu.grid(tiles, gpu.MATRIX)](
-            weights, rows, coefficients, tokens, layers, stored, layer_size,
-            BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=gpu.tile(layer_size, BLOCK_K),
+            weights, rows, coefficients, tokens, layers, stored, padded, layer_size,
+            BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=block_k, EVEN_K=layer_size % block_k == 0,
             WIDEN=gpu.is_interpreter,
-            num_warps=8, num_stages=3,
+            num_warps=8, num_stages=gpu.stages,
         )  # fmt: skip

@@ -87,7 +87,7 @@ def store_tile(
         pairs = tl.reshape(code, (BLOCK_R, BLOCK_T // 2, 2))
         packed = tl.sum(pairs << (4 * tl.arange(0, 2))[None, None, :], axis=2)
         row_bytes = (num_tokens + 1) // 2
-        # The first token of a tile is even.
+        # The first token of a tile is even, and so is that of its half.
         at = tl.min(token) // 2 + tl.arange(0, BLOCK_T // 2)
         pair_at = payload + (2 * wide + byte) * num_tokens + (first_row - wide - byte) * row_bytes
         pair_offset = line[:, None] * row_bytes.to(tl.int32) + at[None, :]
@@ -102,7 +102,7 @@ def store_tile(
 
 @triton.jit
 def _symbols_kernel(
-    weights,  # bfloat16 [layers, stored, layer_size], or nothing if the products are given
+    weights,  # bfloat16 [layers, padded, layer_size], or nothing if the products are given
     rows,  # bfloat16 [tokens, row], or float32 coefficients [stored, tokens]
     factors,  # float32 [tokens]
     roundings,  # float32 [stored]
@@ -120,7 +120,7 @@ def _symbols_kernel(
     num_row_tiles,
     num_token_tiles,
     num_layers,
-    stored,
+    padded,
     layer_size,
     wide,
     byte,
@@ -129,6 +129,7 @@ def _symbols_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     for tile in range(tl.program_id(0), num_row_tiles * num_token_tiles, tl.num_programs(0)):
@@ -150,19 +151,27 @@ def _symbols_kernel(
             )
         else:
             total = product_tile(
-                weights, rows, row, in_rows, column, in_tokens, num_layers, stored, layer_size,
-                BLOCK_R, BLOCK_T, BLOCK_K, WIDEN,
+                weights, rows, row, in_rows, column, in_tokens, num_layers, padded, layer_size,
+                BLOCK_R, BLOCK_T, BLOCK_K, EVEN_K, WIDEN,
             )  # fmt: skip
-        factor = tl.load(factors + column, mask=in_tokens, other=0.0)
+        # Half the tile at a time, so that its symbols and addresses fit the registers.
+        left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_R, 2, BLOCK_T // 2)), (0, 2, 1)))
         rounding = tl.load(roundings + row, mask=in_rows, other=0.5)
-        in_tile = in_rows[:, None] & in_tokens[None, :]
-        symbol, broken = quantise_tile(total, factor[None, :], rounding[:, None], in_tile)
-        tl.store(status + block, 1, mask=tl.sum(broken.to(tl.int32)) > 0)
-        store_tile(
-            symbol, kind, first_row, in_rows, token, in_tokens, num_tokens, payload + tl.load(section + 2),
-            trits + tl.load(section), num_columns, escape_counts + block, escape_indices + block * capacity,
-            escape_values + block * capacity, capacity, wide, byte, nibble, BLOCK_R, BLOCK_T,
-        )  # fmt: skip
+        first_token = tl.load(token_tile + 1)
+        for half in tl.static_range(2):
+            part = left if half == 0 else right
+            own = first_token + half * (BLOCK_T // 2) + tl.arange(0, BLOCK_T // 2)
+            in_own = own < num_tokens
+            factor = tl.load(factors + tl.load(section) + own, mask=in_own, other=0.0)
+            in_part = in_rows[:, None] & in_own[None, :]
+            symbol, broken = quantise_tile(part, factor[None, :], rounding[:, None], in_part)
+            tl.store(status + block, 1, mask=tl.sum(broken.to(tl.int32)) > 0)
+            store_tile(
+                symbol, kind, first_row, in_rows, own, in_own, num_tokens, payload + tl.load(section + 2),
+                trits + tl.load(section), num_columns, escape_counts + block,
+                escape_indices + block * capacity, escape_values + block * capacity, capacity, wide, byte,
+                nibble, BLOCK_R, BLOCK_T // 2,
+            )  # fmt: skip
 
 
 def project_symbols(
@@ -183,7 +192,7 @@ def project_symbols(
     Parameters
     ----------
     weights : torch.Tensor
-        bfloat16 ``[layers, stored, layer_size]``.
+        bfloat16 ``[layers, padded, layer_size]``.
     rows : torch.Tensor
         bfloat16 ``[tokens, layers * layer_size]``.
     factors : torch.Tensor
@@ -201,10 +210,9 @@ def project_symbols(
     status : torch.Tensor
         int32 ``[tier blocks]``; set to 1 where a symbol is NaN, infinite or beyond int16.
     """
-    layers, stored, layer_size = weights.shape
     _launch(
         gpu, weights, rows, factors, roundings, tiles, sections, payload, trits, escapes, status,
-        (layers, stored, layer_size), given=False,
+        tuple(weights.shape), given=False,
     )  # fmt: skip
 
 
@@ -243,7 +251,7 @@ def _launch(
     trits: torch.Tensor,
     escapes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     status: torch.Tensor,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     *,
     given: bool,
 ) -> None:
@@ -254,11 +262,12 @@ def _launch(
     if not total:
         return
     wide, byte, nibble, _ = tiles.counts
+    block_k = gpu.tile(shape[2], BLOCK_K)
     _symbols_kernel[gpu.grid(total, gpu.MATRIX)](
         weights, rows, factors, roundings, tiles.table, token_tiles, sections.table, payload, trits, counts,
         indices, values, status, sections.columns, indices.shape[1], tiles.table.shape[0],
         token_tiles.shape[0], *shape, wide, byte, nibble,
-        GIVEN=given, BLOCK_R=tiles.block, BLOCK_T=block_t, BLOCK_K=gpu.tile(shape[2], BLOCK_K),
+        GIVEN=given, BLOCK_R=tiles.block, BLOCK_T=block_t, BLOCK_K=block_k, EVEN_K=shape[2] % block_k == 0,
         WIDEN=gpu.is_interpreter,
-        num_warps=8, num_stages=3, enable_fp_fusion=False,
+        num_warps=8, num_stages=gpu.stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -35,12 +35,12 @@ def _unpack_kernel(
     payload,
     members,  # int32 [rows of the type]
     sections,  # int64 [tier blocks, 3]
-    coefficients,  # bfloat16 [columns, stored]
+    coefficients,  # bfloat16 [columns, stride]
     faults,  # int32 [tier blocks]
     num_rows,  # of the type
     num_blocks,
     most_tokens,
-    stored,
+    stride,
     plan_groups,
     first_row,
     count8,
@@ -91,7 +91,7 @@ def _unpack_kernel(
         if padded > 0:
             tl.atomic_or(faults + block, _PADDING)
         value = number * scale + shift
-        target = coefficients + (start + token)[None, :] * stored + first_row + row[:, None]
+        target = coefficients + (start + token)[None, :] * stride + first_row + row[:, None]
         tl.store(target, to_bfloat16(value), mask=mask)
 
 
@@ -110,7 +110,7 @@ def unpack_groups(
     payload : torch.Tensor
         uint8; `sections` say where each tier block's lies.
     coefficients : torch.Tensor
-        bfloat16 ``[tokens, stored]``, written.
+        bfloat16 ``[tokens, padded]``, written up to the stored components.
     faults : torch.Tensor
         int32 ``[tier blocks]``, bits of `dynamo_kvtc.codec.gpu.faults` are set.
     """

@@ -19,7 +19,7 @@ from dynamo_kvtc.codec.gpu.sections import RowTiles, Sections
 
 __all__ = ["UNPACK_ROWS", "unpack_symbols"]
 
-#: Rows of a tile; more would not fit the registers, as offsets take 64 bits.
+#: Rows of a tile: 64 bytes of a token's coefficients are written together.
 UNPACK_ROWS = 32
 
 _BLOCK_T, _BLOCK_E = 32, 512
@@ -28,6 +28,59 @@ _COUNT = tl.constexpr(COUNT)
 _ESCAPE = tl.constexpr(ESCAPE)
 _PADDING = tl.constexpr(PADDING)
 _VALUE = tl.constexpr(VALUE)
+
+
+@triton.jit
+def read_tile(payload, kind, row, token, mask, tokens, wide, byte, nibble):
+    """Do what `read_symbol` does for a tile ``[rows, tokens]`` of one class; `row` counts in the class.
+
+    All int32, and no arithmetic but the class's own: a section has fewer bytes than 2^31.
+
+    Returns
+    -------
+    tuple
+        Symbols (int32), and bits of faults (int32).
+    """
+    half_start = (2 * wide + byte) * tokens
+    is_last = mask & (token == tokens - 1)[None, :]
+    # Each branch has names of its own: Triton wants one type for a name.
+    if kind == 0:
+        high_at = payload + row[:, None] * tokens + token[None, :]
+        high = tl.load(high_at, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.int32)
+        low = tl.load(high_at + wide * tokens, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.int32)
+        # Two's complement: the largest symbols have a high byte that wraps.
+        words = high * 256 + low
+        words = tl.where(words < -32768, words + 65536, words)
+        symbol = words
+        faults = tl.where(mask & (words == -32768), _VALUE, 0)
+    elif kind == 1:
+        byte_at = payload + (2 * wide + row)[:, None] * tokens + token[None, :]
+        single = tl.load(byte_at, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.int32)
+        symbol = single
+        faults = tl.where(mask & (single == -128), _VALUE, 0)
+    elif kind == 2:
+        half_at = payload + half_start + row[:, None] * ((tokens + 1) // 2) + (token // 2)[None, :]
+        halves = tl.load(half_at, mask=mask, other=0).to(tl.int32)
+        # Sign extension of four bits.
+        digit = (((halves >> (4 * (token % 2))[None, :]) & 15) ^ 8) - 8
+        symbol = digit
+        padded = is_last & (token % 2 == 0)[None, :] & ((halves >> 4) != 0)
+        faults = tl.where(mask & (digit == -8), _VALUE, 0) | tl.where(padded, _PADDING, 0)
+    else:
+        fifth_start = half_start + nibble * ((tokens + 1) // 2)
+        fifth_at = payload + fifth_start + row[:, None] * ((tokens + 4) // 5) + (token // 5)[None, :]
+        fifths = tl.load(fifth_at, mask=mask, other=0).to(tl.int32)
+        # Dividing by a power of 3 is multiplying by its reciprocal in 16 bits: exact below 256.
+        power = token % 5
+        reciprocal = tl.where(power == 0, 65536, tl.where(power == 1, 21846, 7282))
+        reciprocal = tl.where(power == 3, 2428, tl.where(power == 4, 810, reciprocal))
+        rest = (fifths * reciprocal[None, :]) >> 16
+        next_trits = (rest * 21846) >> 16
+        trit = rest - 3 * next_trits
+        symbol = tl.where(trit == 2, -1, trit)
+        behind = is_last & (power != 4)[None, :] & (next_trits != 0)
+        faults = tl.where(mask & (fifths > 242), _VALUE, 0) | tl.where(behind, _PADDING, 0)
+    return symbol, faults
 
 
 @triton.jit
@@ -92,6 +145,13 @@ def dequantise_tile(symbol, first_offset, second_offset, step, scale):
 
 
 @triton.jit
+def _report(word, found, BIT: tl.constexpr):
+    """Set a bit of a tier block's word if any lane has found it."""
+    if tl.sum((found & BIT) // BIT) > 0:
+        tl.atomic_or(word, BIT)
+
+
+@triton.jit
 def _symbols_kernel(
     payload,
     sides,  # int64 [tier blocks]: where each one's side data begins in the payload
@@ -100,12 +160,13 @@ def _symbols_kernel(
     row_tiles,
     token_tiles,
     sections,
-    coefficients,  # bfloat16 [columns, stored]
+    coefficients,  # bfloat16 [columns, stride]
     faults,
     step,
     num_row_tiles,
     num_token_tiles,
     stored,
+    stride,
     wide,
     byte,
     nibble,
@@ -114,29 +175,28 @@ def _symbols_kernel(
 ):
     for tile in range(tl.program_id(0), num_row_tiles * num_token_tiles, tl.num_programs(0)):
         row_tile = row_tiles + tile // num_token_tiles * 3
-        first_row, row_stop = tl.load(row_tile + 1), tl.load(row_tile + 2)
+        kind, first_row, row_stop = tl.load(row_tile), tl.load(row_tile + 1), tl.load(row_tile + 2)
         token_tile = token_tiles + tile % num_token_tiles * 2
         block = tl.load(token_tile)
-        token = (tl.load(token_tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+        token = tl.load(token_tile + 1) + tl.arange(0, BLOCK_T)
         section = sections + block * 3
-        num_tokens = tl.load(section + 1)
+        num_tokens = tl.load(section + 1).to(tl.int32)
         row = first_row + tl.arange(0, BLOCK_R)
         in_rows, in_tokens = row < row_stop, token < num_tokens
         mask = in_rows[:, None] & in_tokens[None, :]
-        every_row = row[:, None] + tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.int32)
-        every_token = token[None, :] + tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.int64)
-        symbol, bad, padded = read_symbol(
-            payload + tl.load(section + 2), every_row, every_token, mask, num_tokens, wide, byte, nibble
+        before = tl.where(kind == 0, 0, tl.where(kind == 1, wide, wide + byte))
+        before = tl.where(kind == 3, wide + byte + nibble, before)
+        symbol, found = read_tile(
+            payload + tl.load(section + 2), kind, row - before, token, mask, num_tokens, wide, byte, nibble
         )
-        if tl.sum(bad.to(tl.int32)) > 0:
-            tl.atomic_or(faults + block, _VALUE)
-        if tl.sum(padded.to(tl.int32)) > 0:
-            tl.atomic_or(faults + block, _PADDING)
+        if tl.max(tl.max(found, axis=1), axis=0) > 0:
+            _report(faults + block, found, _VALUE)
+            _report(faults + block, found, _PADDING)
         scale = read_scale(payload + tl.load(sides + block) + 4, token, in_tokens, scales)
         one = tl.load(offsets + row, mask=in_rows, other=0.0)
         more = tl.load(offsets + stored + row, mask=in_rows, other=0.0)
         value = dequantise_tile(symbol, one[:, None], more[:, None], step, scale[None, :])
-        target = coefficients + (tl.load(section) + token)[None, :] * stored + row[:, None]
+        target = coefficients + (tl.load(section) + token)[None, :] * stride + row[:, None]
         tl.store(target, to_bfloat16(value), mask=mask)
 
 
@@ -153,6 +213,7 @@ def _escapes_kernel(
     step,
     num_blocks,
     stored,
+    stride,
     wide,
     byte,
     nibble,
@@ -203,7 +264,7 @@ def _escapes_kernel(
             one = tl.load(offsets + row, mask=sound, other=0.0)
             more = tl.load(offsets + stored + row, mask=sound, other=0.0)
             number = dequantise_tile(value, one, more, step, scale)
-            tl.store(coefficients + (first + token) * stored + row, to_bfloat16(number), mask=sound)
+            tl.store(coefficients + (first + token) * stride + row, to_bfloat16(number), mask=sound)
 
 
 def unpack_symbols(
@@ -233,13 +294,13 @@ def unpack_symbols(
     scales, offsets, step : torch.Tensor, torch.Tensor, float
         float32 ``[16]`` by level, ``[2, stored]``, and the plan's step.
     coefficients : torch.Tensor
-        bfloat16 ``[tokens, stored]``, written.
+        bfloat16 ``[tokens, padded]``, written up to the stored components.
     faults : torch.Tensor
         int32 ``[tier blocks]``, bits of `dynamo_kvtc.codec.gpu.faults` are set.
     any_escapes : bool
         Whether any section has some; in the interpreter an empty tile costs as much as a full one.
     """
-    stored = coefficients.shape[1]
+    stored, stride = offsets.shape[1], coefficients.shape[1]
     block_t = gpu.tile(sections.most_tokens, _BLOCK_T)
     token_tiles = sections.token_tiles(block_t)
     total = tiles.table.shape[0] * token_tiles.shape[0]
@@ -247,13 +308,13 @@ def unpack_symbols(
     if total:
         _symbols_kernel[gpu.grid(total, gpu.STREAMING)](
             payload, sides, scales, offsets, tiles.table, token_tiles, sections.table, coefficients, faults,
-            step, tiles.table.shape[0], token_tiles.shape[0], stored, wide, byte, nibble,
+            step, tiles.table.shape[0], token_tiles.shape[0], stored, stride, wide, byte, nibble,
             BLOCK_R=tiles.block, BLOCK_T=block_t, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     blocks = len(sections.counts)
     if blocks:
         _escapes_kernel[gpu.grid(blocks, gpu.STREAMING)](
             payload, sides, escape_counts, scales, offsets, sections.table, coefficients, faults, step,
-            blocks, stored, wide, byte, nibble,
+            blocks, stored, stride, wide, byte, nibble,
             BLOCK_E=_BLOCK_E if any_escapes else 16, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
