@@ -109,7 +109,7 @@ def _reconstruct_kernel(
 
 def layer_tiles(gpu: GpuDevice, tokens: int, side: PagedSide) -> int:
     """Return the tiles that one layer of `tokens` tokens has."""
-    return triton.cdiv(tokens, gpu.tile(tokens, _BLOCK_T)) * side.num_heads
+    return -(-tokens // gpu.tile(tokens, _BLOCK_T)) * side.num_heads
 
 
 def reconstruct_layers(
