@@ -184,12 +184,14 @@ class KvCodec(ABC):
                 return index
         raise IndexError(f"layer {layer} of {self.geometry.num_layers}")
 
-    def decode(self, stream: Buffer, *, binding: bytes | None = None) -> TierBlock:
-        """Decode a whole stream; the inverse of `encode` up to the profile's loss."""
+    def decode(
+        self, stream: Buffer, *, binding: bytes | None = None, device: torch.device | str = "cpu"
+    ) -> TierBlock:
+        """Decode a whole stream, onto `device`; the inverse of `encode` up to the profile's loss."""
         header = self.read_header(stream, binding=binding)
         geometry = self.geometry
         shape = (header.num_tokens, geometry.num_layers, geometry.num_kv_heads, geometry.head_size)
-        keys = torch.empty(shape, dtype=geometry.torch_dtype)
+        keys = torch.empty(shape, dtype=geometry.torch_dtype, device=device)
         values = torch.empty_like(keys)
         view = memoryview(stream)
         for index, layers in enumerate(self.layer_groups):

@@ -14,7 +14,7 @@ def relative_error(parameters: AnyParameters, block: TierBlock, decoded: TierBlo
     """Return the squared error over the squared centred values, averaged over layers, keys and values.
 
     The measure of ``expected_error`` in an artifact: keys are taken before RoPE, the mean is the artifact's.
-    Sink tokens are stored apart and left out.
+    Sink tokens are stored apart and left out. Computed where the block lies.
 
     Returns
     -------
@@ -24,20 +24,21 @@ def relative_error(parameters: AnyParameters, block: TierBlock, decoded: TierBlo
     sinks = block.sink_tokens
     if sinks == block.num_tokens:
         return 0.0
-    rope = parameters.rope
+    rope, device = parameters.rope, block.keys.device
     positions = torch.arange(block.first_position + sinks, block.first_position + block.num_tokens)
-    unrotate = rope.inverse(*rope.cos_sin(positions))
+    cos, sin = rope.inverse(*rope.cos_sin(positions))
+    unrotate = cos.to(device), sin.to(device)
     errors = []
     for group in parameters.groups:
         span = slice(group.layers.first, group.layers.stop)
         pairs = (
-            (group.keys, rope.rotate(block.keys.cpu()[sinks:, span], *unrotate), decoded.keys, True),
-            (group.values, block.values.cpu()[sinks:, span].float(), decoded.values, False),
+            (group.keys, rope.rotate(block.keys[sinks:, span], *unrotate), decoded.keys, True),
+            (group.values, block.values[sinks:, span].float(), decoded.values, False),
         )
         for side, true, other, rotated in pairs:
-            got = other.cpu()[sinks:, span]
+            got = other.to(device)[sinks:, span]
             found = rope.rotate(got, *unrotate) if rotated else got.float()
-            centred = true - side.mean.view(true.shape[1:])
+            centred = true - side.mean.to(device).view(true.shape[1:])
             missed = (found - true).square().sum((0, 2, 3))
             errors.append(missed / centred.square().sum((0, 2, 3)).clamp_min(1e-30))
     return float(torch.cat(errors).mean())

@@ -19,7 +19,7 @@ from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.errors import KvtcError
 
-__all__ = ["Completion", "EncodedStream", "PagedBlock", "PagedCodec", "PendingEncode"]
+__all__ = ["REACHED", "Completion", "EncodedStream", "PagedBlock", "PagedCodec", "PendingEncode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,37 @@ class Completion(Protocol):
         ...
 
     def wait(self) -> None:
-        """Block the calling thread until everything before it is done."""
+        """Block the calling thread until everything before it is done.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If the device does not answer; see `dynamo_kvtc.codec.gpu.device`.
+        """
+        ...
+
+    def order(self, stream: torch.cuda.Stream | None) -> None:
+        """Make later work of `stream` wait for it, without blocking the caller."""
         ...
 
 
+class _Reached:
+    def reached(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+    def order(self, stream: torch.cuda.Stream | None) -> None:
+        return
+
+
+#: The completion of what is done when a call returns.
+REACHED: Completion = _Reached()
+
+
 class EncodedStream(Protocol):
-    """A stream whose chunks still lie on the device."""
+    """A stream whose chunks may still lie on the device."""
 
     @property
     def nbytes(self) -> int:
@@ -76,15 +101,29 @@ class PendingEncode(Protocol):
         """When the engine may reuse its blocks."""
         ...
 
-    def streams(self) -> list[EncodedStream | KvtcError]:
+    def streams(self) -> Sequence[EncodedStream | Exception]:
         """Return one stream, or what is wrong with the block, for each tier block; blocks the thread."""
         ...
 
 
 class PagedCodec(KvCodec):
-    """A codec with a way of its own between the engine's blocks and streams."""
+    """A codec with a way of its own between the engine's blocks and streams.
+
+    Attributes
+    ----------
+    device : torch.device
+        Where it works.
+    most_encode_tokens, most_open_tokens : int
+        Tokens that one `begin_encode` and one `open_groups` may hold: what fits into its memory.
+    """
 
     device: torch.device
+    most_encode_tokens: int
+    most_open_tokens: int
+
+    @abstractmethod
+    def with_plan_of(self, codec: KvCodec) -> PagedCodec:
+        """Return a codec of the same artifact, device and memory that encodes with the plan of `codec`."""
 
     @abstractmethod
     def begin_encode(

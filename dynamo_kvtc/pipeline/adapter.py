@@ -13,9 +13,11 @@ from typing import Any
 from dynamo_kvtc import __version__
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
 from dynamo_kvtc.observability import Action, Counters, MetricsEndpoint, Snapshot
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
+from dynamo_kvtc.pipeline.boundary import Boundaries
 from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.handle import OnboardHandle
@@ -92,6 +94,8 @@ class TierAdapter:
         Name of what `codec` encodes with, for measurements and metrics.
     guarded : GuardedEncoder, optional
         Encodes in place of `codec`, under the quality guard.
+    device_codec : PagedCodec, optional
+        Serves caches on its device in place of `codec`; its streams are the same.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class TierAdapter:
         costs: CostPolicy | None = None,
         encoder: str = "default",
         guarded: GuardedEncoder | None = None,
+        device_codec: PagedCodec | None = None,
     ) -> None:
         policy.check_block_size(block_size)
         self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
@@ -125,15 +130,17 @@ class TierAdapter:
         self._artifact_id, self._salt = artifact_id, salt
         self._store_timeout_s = store_timeout_s
         # Threads of their own: offloading must not delay onboarding.
-        self._offload_thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-encode")
+        self._offload_threads = ThreadPoolExecutor(2, thread_name_prefix="kvtc-encode")
         self._onboard_threads = single_threaded_pool(decode_threads, "kvtc-decode")
+        boundaries = Boundaries(codec, device_codec, guarded)
         self._offloader = Offloader(
-            codec,
+            codec.geometry,
+            boundaries,
             tiers,
             staging,
             policy,
             self.counters,
-            self._offload_thread,
+            self._offload_threads,
             queue_limit=queue_limit,
             batch=offload_batch,
             timeout_s=store_timeout_s,
@@ -142,7 +149,15 @@ class TierAdapter:
             guarded=guarded,
         )
         self._onboarder = Onboarder(
-            codec, tiers, staging, policy, self.counters, self._onboard_threads, onboard, self.costs.speeds
+            codec,
+            boundaries,
+            tiers,
+            staging,
+            policy,
+            self.counters,
+            self._onboard_threads,
+            onboard,
+            self.costs.speeds,
         )
         self._onboards: set[OnboardHandle] = set()
         self._closing: list[Callable[[], Awaitable[None]]] = []
@@ -337,7 +352,7 @@ class TierAdapter:
             await release()
         await asyncio.gather(*(handle.cancel() for handle in list(self._onboards)))
         await self._offloader.close()
-        self._offload_thread.shutdown(wait=False)
+        self._offload_threads.shutdown(wait=False)
         self._onboard_threads.shutdown(wait=False)
         await self.tiers.close()
         await self._staging.close()

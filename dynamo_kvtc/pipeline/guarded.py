@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamo_kvtc.codec.base import TierBlock
+from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
 from dynamo_kvtc.codec.fidelity import relative_error
 from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import KvtcError
@@ -52,13 +52,15 @@ class GuardedEncoder:
         streams = codec.encode(blocks)
         for block, stream in zip(blocks, streams, strict=True):
             if self.guard.samples_next():
-                self._check(codec, block, stream)
+                self.check(codec, block, stream)
         return streams
 
-    def _check(self, codec: TransformCodec, block: TierBlock, stream: bytes) -> None:
+    def check(self, codec: KvCodec, block: TierBlock, stream: Buffer) -> None:
+        """Decode a stream with the codec that made it and compare; on the device that the block lies on."""
         start = time.perf_counter()
         try:
-            error = relative_error(codec.parameters, block, codec.decode(stream))
+            decoded = codec.decode(stream, device=block.keys.device)
+            error = relative_error(self.current.codec.parameters, block, decoded)
         except KvtcError as failure:
             _log.error("a stream that was just encoded cannot be decoded: %s", failure)
             error = float("inf")

@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
-from dynamo_kvtc.codec.base import KvCodec, TierBlock
+from dynamo_kvtc.codec.geometry import KvGeometry
+from dynamo_kvtc.codec.paged_codec import EncodedStream, PagedBlock, PendingEncode
 from dynamo_kvtc.errors import (
     CodecError,
     KvtcError,
@@ -26,6 +28,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.observability import Counters, DropReason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
+from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary
 from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
@@ -125,7 +128,7 @@ class _Job:
 @dataclass(slots=True)
 class _Encoded:
     job: _Job
-    stream: bytes | Exception
+    stream: EncodedStream | Exception
 
 
 class Offloader:
@@ -133,8 +136,11 @@ class Offloader:
 
     Parameters
     ----------
+    boundaries : Boundaries
+        Encode out of the caches that tier blocks lie in.
     executor : Executor
-        Runs gather and encode, so that neither touches the event loop.
+        Runs gather and encode, so that neither touches the event loop, and beside them the copying of
+        streams into staging memory: two threads are of use.
     queue_limit : int
         Tier blocks that may wait; more are dropped.
     batch : int
@@ -146,12 +152,13 @@ class Offloader:
     encoder : str
         Under which name it goes there.
     guarded : GuardedEncoder, optional
-        Encodes in place of `codec`, which decodes what it makes.
+        Names what encodes now, where the quality guard chooses.
     """
 
     def __init__(
         self,
-        codec: KvCodec,
+        geometry: KvGeometry,
+        boundaries: Boundaries,
         tiers: TierStack,
         staging: StagingPool,
         policy: OffloadPolicy,
@@ -167,7 +174,8 @@ class Offloader:
     ) -> None:
         self._guarded = guarded
         self._speeds, self._encoder = Speeds() if speeds is None else speeds, encoder
-        self._codec, self._tiers, self._staging = codec, tiers, staging
+        self._geometry, self._boundaries = geometry, boundaries
+        self._tiers, self._staging = tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._queue_limit, self._batch, self._timeout_s = queue_limit, batch, timeout_s
         self._queue: deque[_Job] = deque()
@@ -250,16 +258,24 @@ class Offloader:
             await storing
 
     def _next_batch(self) -> list[_Job]:
-        """Take jobs that share a source, so that one gather serves them."""
+        """Take jobs that share a source, so that one gather serves them, and fit into its staging memory."""
+        source, most = self._queue[0].source, self._boundaries.of(self._queue[0].source).most_encode_tokens
         jobs = [self._queue.popleft()]
-        while self._queue and len(jobs) < self._batch and self._queue[0].source is jobs[0].source:
+        tokens = jobs[0].ref.num_tokens
+        while self._queue and len(jobs) < self._batch and self._queue[0].source is source:
+            tokens += self._queue[0].ref.num_tokens
+            if most is not None and tokens > most:
+                break
             jobs.append(self._queue.popleft())
         return jobs
 
     async def _gather_and_encode(self, jobs: list[_Job]) -> list[_Encoded]:
+        boundary = self._boundaries.of(jobs[0].source)
+        encoder = self._encoder if self._guarded is None else self._guarded.current.name
+        start = time.perf_counter()
         try:
             with self._counters.timed("gather"):
-                blocks = await run_to_end(self._executor, lambda: self._gather(jobs))
+                pending = await run_to_end(self._executor, lambda: self._gather(boundary, jobs))
         except Exception as error:
             self._drop(jobs, error)
             return []
@@ -271,69 +287,57 @@ class Offloader:
         for job, is_void in zip(jobs, void, strict=True):
             if is_void:
                 self._finish_dropped(job, "cancelled")
-        blocks = [block for block, is_void in zip(blocks, void, strict=True) if not is_void]
-        jobs = [job for job, is_void in zip(jobs, void, strict=True) if not is_void]
-        if not jobs:
+        if all(void):
             return []
+        gather_s = 0.0 if boundary.launches else time.perf_counter() - start
         try:
-            start = time.perf_counter()
-            encoder = self._encoder if self._guarded is None else self._guarded.current.name
             with self._counters.timed("encode"):
-                encoded = await run_to_end(self._executor, lambda: self._encode(jobs, blocks))
+                streams = await run_to_end(self._executor, pending.streams)
         except Exception as error:
-            self._drop(jobs, error)
+            self._drop([job for job, is_void in zip(jobs, void, strict=True) if not is_void], error)
             return []
-        sizes = [len(item.stream) for item in encoded if isinstance(item.stream, bytes)]
+        sizes = [stream.nbytes for stream in streams if not isinstance(stream, Exception)]
         if len(sizes) == len(jobs):
             tokens = sum(job.ref.num_tokens for job in jobs)
-            self._speeds.encoded(encoder, tokens, sum(sizes), time.perf_counter() - start)
-        return encoded
+            self._speeds.encoded(encoder, tokens, sum(sizes), time.perf_counter() - start - gather_s)
+        return [
+            _Encoded(job, stream)
+            for job, stream, is_void in zip(jobs, streams, void, strict=True)
+            if not is_void
+        ]
 
-    def _encode(self, jobs: list[_Job], blocks: list[TierBlock]) -> list[_Encoded]:
-        try:
-            streams: list[bytes | Exception] = list((self._guarded or self._codec).encode(blocks))
-        except Exception:
-            # One bad block (NaN, say) must not take the others of its batch with it.
-            streams = [self._encode_alone(block) for block in blocks]
-        return [_Encoded(job, stream) for job, stream in zip(jobs, streams, strict=True)]
-
-    def _encode_alone(self, block: TierBlock) -> bytes | Exception:
-        try:
-            return (self._guarded or self._codec).encode([block])[0]
-        except Exception as error:
-            return error
-
-    def _gather(self, jobs: list[_Job]) -> list[TierBlock]:
-        keys, values = jobs[0].source.gather([block for job in jobs for block in job.ref.block_ids])
-        blocks, start = [], 0
-        for job in jobs:
-            stop = start + job.ref.num_tokens
-            blocks.append(
-                TierBlock(
-                    keys[start:stop],
-                    values[start:stop],
-                    job.ref.first_position,
-                    self._policy.sinks_in(job.ref.first_position),
-                    job.ref.key,
-                )
+    def _gather(self, boundary: Boundary, jobs: list[_Job]) -> PendingEncode:
+        """Begin to encode and wait until the engine may reuse its blocks."""
+        sinks_in = self._policy.sinks_in
+        blocks = [
+            PagedBlock(
+                job.ref.block_ids,
+                job.ref.num_tokens,
+                job.ref.first_position,
+                sinks_in(job.ref.first_position),
+                job.ref.key,
             )
-            start = stop
-        return blocks
+            for job in jobs
+        ]
+        pending = boundary.begin_encode(jobs[0].source, blocks)
+        pending.gathered.wait()
+        return pending
 
     async def _store(self, encoded: list[_Encoded]) -> None:
         for item in encoded:
             if isinstance(item.stream, Exception):
                 self._drop([item.job], item.stream)
                 continue
+            stream, key = item.stream, item.job.ref.key
             try:
                 with self._counters.timed("store"):
-                    async with self._staging.lease(len(item.stream), timeout_s=self._timeout_s) as span:
-                        span.view[:] = item.stream
-                        written = await self._tiers.put(item.job.ref.key, span, timeout_s=self._timeout_s)
+                    async with self._staging.lease(stream.nbytes, timeout_s=self._timeout_s) as span:
+                        await run_to_end(self._executor, partial(stream.copy_into, span.view))
+                        written = await self._tiers.put(key, span, timeout_s=self._timeout_s)
             except Exception as error:
                 self._drop([item.job], error)
             else:
-                self._finish_stored(item.job, len(item.stream) if written else 0)
+                self._finish_stored(item.job, stream.nbytes if written else 0)
 
     def _finish_stored(self, job: _Job, stored_bytes: int) -> None:
         result = job.ticket.result
@@ -343,7 +347,7 @@ class Offloader:
             self._counters.offloaded(
                 blocks=1,
                 tokens=job.ref.num_tokens,
-                raw_bytes=job.ref.num_tokens * self._codec.geometry.token_bytes,
+                raw_bytes=job.ref.num_tokens * self._geometry.token_bytes,
                 stored_bytes=stored_bytes,
             )
         else:

@@ -23,6 +23,7 @@ from typing import Any
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.paged_codec import Completion
 from dynamo_kvtc.errors import (
     BitstreamError,
     KvtcError,
@@ -36,7 +37,9 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.observability import Counters, Stage
 from dynamo_kvtc.pipeline.accounting import EndedOnboard
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
+from dynamo_kvtc.pipeline.boundary import Boundaries
 from dynamo_kvtc.pipeline.handle import OnboardHandle
+from dynamo_kvtc.pipeline.landing import Landing
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_all, run_to_end
 from dynamo_kvtc.pipeline.units import Unit, cut_units
@@ -95,6 +98,10 @@ class Onboarder:
 
     Parameters
     ----------
+    codec : KvCodec
+        Reads headers.
+    boundaries : Boundaries
+        Decode into the caches that tier blocks go to.
     executor : Executor
         Runs everything that computes, tier blocks and layers side by side; the event loop only waits.
     """
@@ -102,6 +109,7 @@ class Onboarder:
     def __init__(
         self,
         codec: KvCodec,
+        boundaries: Boundaries,
         tiers: TierStack,
         staging: StagingPool,
         policy: OffloadPolicy,
@@ -110,7 +118,8 @@ class Onboarder:
         settings: OnboardSettings | None = None,
         speeds: Speeds | None = None,
     ) -> None:
-        self._codec, self._tiers, self._staging = codec, tiers, staging
+        self._codec, self._boundaries = codec, boundaries
+        self._tiers, self._staging = tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._settings = settings or OnboardSettings()
         self.speeds = Speeds() if speeds is None else speeds
@@ -136,6 +145,8 @@ class _Request:
         self._codec, self._tiers, self._staging = owner._codec, owner._tiers, owner._staging
         self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
         self._settings, self._speeds = owner._settings, owner.speeds
+        self._boundary = owner._boundaries.of(destination)
+        self._landing = Landing(owner._executor)
         self._refs, self._destination, self._handle = refs, destination, handle
         self._timeline = handle.timeline
         self._headers: list[StreamHeader] = []
@@ -190,6 +201,7 @@ class _Request:
             units=self._settings.units,
             # All units in flight fit into the staging memory together.
             most_bytes=self._staging.nbytes // (self._settings.transfers_in_flight + 1),
+            most_tokens=self._boundary.most_open_tokens,
         )
         queue: _UnitQueue = asyncio.Queue()
         slots = asyncio.Semaphore(self._settings.transfers_in_flight)
@@ -207,23 +219,28 @@ class _Request:
                     remaining -= 1
                     unit, payloads, leases = item
                     async with leases:
-                        part = await self._open(unit, payloads)
+                        opened += await self._open(unit, payloads)
                     slots.release()
-                    if part is not None:
-                        opened.append(part)
-                        open_bytes += unit.count * self._group_bytes(layers)
-                    if remaining and (queue.empty() or open_bytes >= self._settings.open_bytes):
-                        # The next unit is still in flight, so there is time to finish what is here; or
-                        # as much is open as may be.
+                    open_bytes += unit.count * self._group_bytes(layers)
+                    if remaining and (
+                        self._boundary.launches or queue.empty() or open_bytes >= self._settings.open_bytes
+                    ):
+                        # A launch costs no time, and nothing must be held open while the next unit waits
+                        # for a device's memory; or that unit is still in flight, so there is time to finish
+                        # what is here; or as much is open as may be.
                         await self._project(layers, opened)
                         opened, open_bytes = [], 0
                 await self._project(layers, opened, last=True)
+            await self._landing.end()
         finally:
-            reader.cancel()
-            await asyncio.wait([reader])
-            while not queue.empty():
-                if (item := queue.get_nowait()) is not None:
-                    await item[2].aclose()
+            try:
+                await self._landing.settle()
+            finally:
+                reader.cancel()
+                await asyncio.wait([reader])
+                while not queue.empty():
+                    if (item := queue.get_nowait()) is not None:
+                        await item[2].aclose()
 
     def _group_bytes(self, layers: LayerRange) -> int:
         """Bytes of one tier block's KV in these layers."""
@@ -314,26 +331,31 @@ class _Request:
 
     # --- decode ------------------------------------------------------------------------------------
 
-    async def _open(self, unit: Unit, payloads: list[memoryview]) -> _Opened | None:
+    async def _open(self, unit: Unit, payloads: list[memoryview]) -> list[_Opened]:
         count = min(unit.stop, self._sound) - unit.first
-
-        def open_one(index: int) -> Any:
-            try:
-                return self._codec.open_group(self._headers[unit.first + index], unit.group, payloads[index])
-            except KvtcError as error:
-                return error
-
+        # All in one batch for a device; for the CPU one tier block each, side by side.
+        size = max(count, 1) if self._boundary.launches else 1
+        works = [
+            partial(
+                self._boundary.open_groups,
+                self._headers[unit.first + first : unit.first + min(first + size, count)],
+                unit.group,
+                payloads[first : min(first + size, count)],
+            )
+            for first in range(0, count, size)
+        ]
         with self._timed("open", unit.group, unit.first, unit.count):
-            results = await run_all(self._executor, [partial(open_one, index) for index in range(count)])
+            batches = await run_all(self._executor, works)
+            results = [result for batch in batches for result in batch]
             failed = next((i for i, one in enumerate(results) if isinstance(one, KvtcError)), None)
             if failed is not None:
                 self._fail_from(unit.first + failed, results[failed])
             opened = results[:failed]
             if not opened:
-                return None
-            parts = await run_to_end(self._executor, lambda: self._codec.join(opened))
+                return []
+            parts = await run_to_end(self._executor, lambda: self._boundary.join(opened))
         refs = self._refs[unit.first : unit.first + len(opened)]
-        return _Opened(unit, parts, [block for ref in refs for block in ref.block_ids])
+        return [_Opened(unit, parts, [block for ref in refs for block in ref.block_ids])]
 
     async def _project(self, layers: LayerRange, opened: list[_Opened], *, last: bool = False) -> None:
         """Decode the layers of the opened units and scatter them into the paged cache.
@@ -343,20 +365,22 @@ class _Request:
         parts = [part for item in opened for part in item.parts]
         block_ids = [block for item in opened for block in item.block_ids]
 
-        def project_one(layer: int) -> None:
+        def project(some: LayerRange) -> list[Completion]:
             if not opened:
-                return
+                return []
             unit, count = opened[0].unit, sum(item.unit.count for item in opened)
             with self._timed("project", unit.group, unit.first, count):
-                keys, values = self._codec.decode_layer(parts, layer)
-                self._destination.scatter_layer(layer, block_ids, keys, values)
+                return self._boundary.scatter(parts, some, self._destination, block_ids)
 
-        def mark(index: int) -> None:
+        def mark(layer: int) -> None:
             if last and self._sound == len(self._refs):
-                self._handle._mark_layer(layers.first + index)
+                self._handle._mark_layer(layer)
 
-        works = [partial(project_one, layer) for layer in range(layers.first, layers.stop)]
-        await run_all(self._executor, works, mark)
+        if self._boundary.launches:
+            self._landing.add(layers, await run_to_end(self._executor, lambda: project(layers)), mark)
+        else:
+            works = [partial(project, LayerRange(one, 1)) for one in range(layers.first, layers.stop)]
+            await run_all(self._executor, works, lambda index: mark(layers.first + index))
 
     @contextmanager
     def _timed(self, stage: str, group: int, first: int, count: int) -> Iterator[None]:

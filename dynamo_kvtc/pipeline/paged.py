@@ -59,6 +59,32 @@ class PagedKvCache:
         self.geometry = KvGeometry(num_layers, int(shape[2]), int(shape[3]), names[0])
         self._fence: torch.cuda.Event | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self._device
+
+    @property
+    def has_views(self) -> bool:
+        """Whether `views` exist: not where a page's elements lie in an order that strides do not express."""
+        return True
+
+    @property
+    def views(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Keys and values ``[blocks, block_size, heads, head_size]``, one view per layer.
+
+        Raises
+        ------
+        LayoutError
+            If there are none.
+        """
+        return self.keys, self.values
+
+    @property
+    def fenced(self) -> torch.cuda.Event | None:
+        """What the latest `fence` stands for; None where there was none, or nothing to wait for."""
+        return self._fence
+
     @classmethod
     def from_layers(cls, layers: Sequence[torch.Tensor], layout: str) -> PagedKvCache:
         """Build the views from per-layer tensors that hold keys and values together.

@@ -24,7 +24,14 @@ class Unit:
         return self.first + self.count
 
 
-def cut_units(headers: Sequence[StreamHeader], num_groups: int, *, units: int, most_bytes: int) -> list[Unit]:
+def cut_units(
+    headers: Sequence[StreamHeader],
+    num_groups: int,
+    *,
+    units: int,
+    most_bytes: int,
+    most_tokens: int | None = None,
+) -> list[Unit]:
     """Cut a request in group-major order, so that the first layers' bytes come first.
 
     Parameters
@@ -35,19 +42,26 @@ def cut_units(headers: Sequence[StreamHeader], num_groups: int, *, units: int, m
         About how many units are wanted in all.
     most_bytes : int
         Stored bytes that a unit of more than one tier block may have.
+    most_tokens : int, optional
+        Tokens that a unit of more than one tier block may have.
     """
     per_group = max(1, -(-units // num_groups))
     most_blocks = max(1, -(-len(headers) // per_group))
     cut: list[Unit] = []
     for group in range(num_groups):
-        unit, nbytes = Unit(group, 0, 0), 0
+        unit, nbytes, tokens = Unit(group, 0, 0), 0, 0
         for index, header in enumerate(headers):
             start, stop = header.group_span(group)
-            if unit.count and (unit.count == most_blocks or nbytes + stop - start > most_bytes):
+            if unit.count and (
+                unit.count == most_blocks
+                or nbytes + stop - start > most_bytes
+                or (most_tokens is not None and tokens + header.num_tokens > most_tokens)
+            ):
                 cut.append(unit)
-                unit, nbytes = Unit(group, index, 0), 0
+                unit, nbytes, tokens = Unit(group, index, 0), 0, 0
             unit.count += 1
             nbytes += stop - start
+            tokens += header.num_tokens
         if unit.count:
             cut.append(unit)
     return cut

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Numpy, which the interpreter computes with, warns of NaN and infinity in lanes that are masked out."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"))
 
 
 @pytest.fixture(scope="session")

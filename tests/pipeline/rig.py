@@ -13,6 +13,7 @@ import torch
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.kvtc import KvtcCodec
+from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
@@ -111,6 +112,7 @@ async def open_rig(
     onboard: OnboardSettings | None = None,
     policy: OffloadPolicy = POLICY,
     codec: KvCodec | None = None,
+    device_codec: PagedCodec | None = None,
     guarded: GuardedEncoder | None = None,
     gates: Mapping[str, Gate] | None = None,
     store_timeout_s: float = 10.0,
@@ -135,6 +137,7 @@ async def open_rig(
                 BLOCK_SIZE,
                 onboard=onboard,
                 guarded=guarded,
+                device_codec=device_codec,
                 queue_limit=queue_limit,
                 store_timeout_s=store_timeout_s,
             )

@@ -134,7 +134,7 @@ class PendingBatch:
     sinks: Sequence[tuple[torch.Tensor, torch.Tensor] | None]
     batch: object
 
-    def streams(self) -> list[EncodedStream | KvtcError]:
+    def streams(self) -> list[EncodedStream | Exception]:
         """Return each tier block's stream or what is wrong with it; see `PendingEncode.streams`."""
         with self.gpu.active():
             # The only numbers that the host needs: one copy, which waits for the kernels.
@@ -199,7 +199,7 @@ class PendingBatch:
 
     def _assemble(
         self, blocks: Sequence[list[_Piece] | KvtcError | None], chunks: Sequence[tuple[int, int]]
-    ) -> list[EncodedStream | KvtcError]:
+    ) -> list[EncodedStream | Exception]:
         """Entropy-code all chunks in one batch and put each stream's in their places."""
         slots = place([size for _, size in chunks])
         plain = self.payload.new_empty(slots.total)
@@ -226,7 +226,7 @@ class PendingBatch:
         image = self.payload.new_zeros(total)
         copy_ranges(self.gpu, coded.data, image, from_coded)
         copy_ranges(self.gpu, plain, image, from_plain)
-        results: list[EncodedStream | KvtcError] = []
+        results: list[EncodedStream | Exception] = []
         start = 0
         for header, pieces, size in zip(self.headers, blocks, sizes, strict=True):
             if isinstance(pieces, list):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
 
-from dynamo_kvtc.codec.base import Buffer, TierBlock
+from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
@@ -36,7 +37,7 @@ from dynamo_kvtc.codec.header import Profile, SectionKind
 from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
-from dynamo_kvtc.errors import BitstreamError, KvtcError, LayoutError
+from dynamo_kvtc.errors import ArtifactMismatchError, BitstreamError, KvtcError, LayoutError
 
 __all__ = ["GpuCodec"]
 
@@ -81,11 +82,33 @@ class GpuCodec(PagedCodec):
         self.parameters, self.geometry, self.layer_groups = host.parameters, host.geometry, host.layer_groups
         self._coder = coder or default_coder(gpu, host.parameters.profile)
         self.budget = StagingBudget(staging_bytes)
+        # Half of the budget: encoding and decoding, or two requests, go on side by side.
+        plans = host.parameters.ratios
+        takes_to_open = max(decode_bytes_per_token(host.parameters, plan_id) for plan_id in plans)
+        takes_to_encode = max(encode_bytes_per_token(host.parameters, plan_id) for plan_id in plans)
+        self.most_open_tokens = staging_bytes // 2 // takes_to_open
+        self.most_encode_tokens = staging_bytes // 2 // takes_to_encode
         self._pairs = channel_pairs(self.parameters.rope, self.geometry.head_size)
         self._channels = gpu.upload(self._pairs)
         self._in_order = torch.equal(self._pairs.flatten(), torch.arange(self.geometry.head_size))
         self._made: dict[tuple[int, SectionKind, int], GpuSide] = {}
         self._lock = threading.Lock()
+
+    def with_plan_of(self, codec: KvCodec) -> GpuCodec:
+        """Return a codec that encodes with another plan; see `PagedCodec.with_plan_of`.
+
+        Raises
+        ------
+        ArtifactMismatchError
+            If `codec` is of another artifact or profile.
+        """
+        if codec is self.host:
+            return self
+        if not isinstance(codec, TransformCodec) or codec.parameters is not self.parameters:
+            raise ArtifactMismatchError("a plan of another artifact; open its codec on the device as well")
+        other = copy(self)
+        other.host = codec
+        return other
 
     # --- sizes and headers: the host's -----------------------------------------------------------
 
@@ -137,7 +160,7 @@ class GpuCodec(PagedCodec):
         pending = self.begin_encode(keys.unbind(2), values.unbind(2), paged)
         streams = []
         for stream in pending.streams():
-            if isinstance(stream, KvtcError):
+            if isinstance(stream, Exception):
                 raise stream
             target = bytearray(stream.nbytes)
             stream.copy_into(memoryview(target))

@@ -45,7 +45,7 @@ def to_pairs(rows: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Return rows ``[..., heads * head_size]`` with each head's channels in pair order."""
     head_size = pairs.numel()
     order = pairs.flatten().long()
-    heads = rows.reshape(*rows.shape[:-1], -1, head_size)
+    heads = rows.reshape(*rows.shape[:-1], rows.shape[-1] // head_size, head_size)
     return heads.index_select(-1, order).flatten(-2).contiguous()
 
 

@@ -1,0 +1,259 @@
+"""The boundary between an engine's paged cache (G1) and streams, where tier blocks are encoded and decoded.
+
+Offload and onboard know this contract only. A cache in host memory is served by the CPU's codec, in the
+threads that call; one on a device by a `PagedCodec`, whose calls launch work there and return, so that
+uncompressed KV never leaves the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
+from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.paged_codec import (
+    REACHED,
+    Completion,
+    EncodedStream,
+    PagedBlock,
+    PagedCodec,
+    PendingEncode,
+)
+from dynamo_kvtc.errors import KvtcError
+from dynamo_kvtc.pipeline.guarded import GuardedEncoder
+from dynamo_kvtc.pipeline.paged import PagedKvCache
+
+__all__ = ["Boundaries", "Boundary", "DeviceBoundary", "HostBoundary"]
+
+
+class Boundary(ABC):
+    """How the KV of one kind of cache becomes streams and comes back. Thread-safe, but for `begin_encode`.
+
+    Attributes
+    ----------
+    launches : bool
+        Whether calls launch work for a device and return: then one call with everything is best. If not,
+        they compute in the calling thread, and many small calls keep many threads busy.
+    most_encode_tokens, most_open_tokens : int or None
+        Tokens that may be encoded, and of which a layer group may be opened, in one go; None: any number.
+    """
+
+    launches: bool
+    most_encode_tokens: int | None = None
+    most_open_tokens: int | None = None
+
+    @abstractmethod
+    def begin_encode(self, cache: PagedKvCache, blocks: Sequence[PagedBlock]) -> PendingEncode:
+        """Begin to encode tier blocks; called by one thread at a time."""
+
+    @abstractmethod
+    def open_groups(
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+    ) -> Sequence[Any | KvtcError]:
+        """Open one layer group of several streams; see `PagedCodec.open_groups`."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        """Join opened groups; see `KvCodec.join`."""
+
+    @abstractmethod
+    def scatter(
+        self, parts: Sequence[Any], layers: LayerRange, cache: PagedKvCache, block_ids: Sequence[int]
+    ) -> list[Completion]:
+        """Decode layers into the engine's blocks; see `PagedCodec.scatter`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _HostStream:
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def copy_into(self, target: memoryview) -> None:
+        target[:] = self.data
+
+
+@dataclass(frozen=True, slots=True)
+class _HostEncode:
+    """Tier blocks that have been copied out."""
+
+    encoder: GuardedEncoder | KvCodec
+    blocks: Sequence[TierBlock]
+
+    @property
+    def gathered(self) -> Completion:
+        return REACHED
+
+    def streams(self) -> Sequence[EncodedStream | Exception]:
+        try:
+            return [_HostStream(data) for data in self.encoder.encode(self.blocks)]
+        except Exception:
+            # One bad block (NaN, say) must not take the others of its batch with it.
+            return [self._alone(block) for block in self.blocks]
+
+    def _alone(self, block: TierBlock) -> EncodedStream | Exception:
+        try:
+            return _HostStream(self.encoder.encode([block])[0])
+        except Exception as error:
+            return error
+
+
+class HostBoundary(Boundary):
+    """The CPU's codec: blocks are copied out, then encoded; layers are decoded, then copied in."""
+
+    launches = False
+
+    def __init__(self, codec: KvCodec, guarded: GuardedEncoder | None = None) -> None:
+        self._codec, self._encoder = codec, guarded or codec
+
+    def begin_encode(self, cache: PagedKvCache, blocks: Sequence[PagedBlock]) -> PendingEncode:
+        """Copy tier blocks out of the cache; see `Boundary.begin_encode`."""
+        keys, values = cache.gather([one for block in blocks for one in block.block_ids])
+        return _HostEncode(self._encoder, cut_blocks(keys, values, blocks))
+
+    def open_groups(
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+    ) -> Sequence[Any | KvtcError]:
+        """Open one layer group of several streams, one after the other."""
+        return [self._open(*one) for one in zip(headers, [group] * len(headers), payloads, strict=True)]
+
+    def _open(self, header: StreamHeader, group: int, payload: Buffer) -> Any | KvtcError:
+        try:
+            return self._codec.open_group(header, group, payload)
+        except KvtcError as error:
+            return error
+
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        """Join opened groups; see `KvCodec.join`."""
+        return self._codec.join(parts)
+
+    def scatter(
+        self, parts: Sequence[Any], layers: LayerRange, cache: PagedKvCache, block_ids: Sequence[int]
+    ) -> list[Completion]:
+        """Decode layers and copy them in; they are in place when it returns."""
+        for layer in range(layers.first, layers.stop):
+            keys, values = self._codec.decode_layer(parts, layer)
+            cache.scatter_layer(layer, block_ids, keys, values)
+        return [REACHED] * layers.count
+
+
+@dataclass(frozen=True, slots=True)
+class _GuardedPending:
+    """A batch on a device, with copies of the blocks that the guard wants to see decoded again."""
+
+    pending: PendingEncode
+    guarded: GuardedEncoder
+    codec: PagedCodec
+    samples: dict[int, TierBlock]
+
+    @property
+    def gathered(self) -> Completion:
+        return self.pending.gathered
+
+    def streams(self) -> Sequence[EncodedStream | Exception]:
+        streams = self.pending.streams()
+        for index, block in self.samples.items():
+            stream = streams[index]
+            if not isinstance(stream, Exception):
+                data = bytearray(stream.nbytes)
+                stream.copy_into(memoryview(data))
+                self.guarded.check(self.codec, block, data)
+        return streams
+
+
+class DeviceBoundary(Boundary):
+    """A codec that works in the engine's blocks, behind the engine's work (`PagedKvCache.fence`).
+
+    Parameters
+    ----------
+    codec : PagedCodec
+        Encodes with the configured plan; decodes every plan's streams.
+    guarded : GuardedEncoder, optional
+        Chooses the plan instead, and checks samples, which never leave the device.
+    """
+
+    launches = True
+
+    def __init__(self, codec: PagedCodec, guarded: GuardedEncoder | None = None) -> None:
+        self._codec, self._guarded = codec, guarded
+        self.most_encode_tokens = codec.most_encode_tokens
+        self.most_open_tokens = codec.most_open_tokens
+
+    def begin_encode(self, cache: PagedKvCache, blocks: Sequence[PagedBlock]) -> PendingEncode:
+        """Launch the encoding of tier blocks; see `Boundary.begin_encode`."""
+        keys, values = cache.views
+        if self._guarded is None:
+            return self._codec.begin_encode(keys, values, blocks, after=cache.fenced)
+        codec = self._codec.with_plan_of(self._guarded.current.codec)
+        chosen = [index for index in range(len(blocks)) if self._guarded.guard.samples_next()]
+        copies = {
+            index: cut_blocks(*cache.gather(blocks[index].block_ids), [blocks[index]])[0] for index in chosen
+        }
+        pending = codec.begin_encode(keys, values, blocks, after=cache.fenced)
+        return _GuardedPending(pending, self._guarded, codec, copies)
+
+    def open_groups(
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+    ) -> Sequence[Any | KvtcError]:
+        """Open one layer group of several streams in one batch."""
+        return self._codec.open_groups(headers, group, payloads)
+
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        """Join opened groups; see `KvCodec.join`."""
+        return self._codec.join(parts)
+
+    def scatter(
+        self, parts: Sequence[Any], layers: LayerRange, cache: PagedKvCache, block_ids: Sequence[int]
+    ) -> list[Completion]:
+        """Launch the decoding of layers into the engine's blocks."""
+        keys, values = cache.views
+        return self._codec.scatter(parts, layers, keys, values, block_ids, after=cache.fenced)
+
+
+class Boundaries:
+    """The boundaries of one adapter.
+
+    Parameters
+    ----------
+    codec : KvCodec
+        The CPU's, for every cache that the device's codec does not serve.
+    device_codec : PagedCodec, optional
+        For caches on its device.
+    guarded : GuardedEncoder, optional
+        Encodes in place of either.
+    """
+
+    def __init__(
+        self, codec: KvCodec, device_codec: PagedCodec | None = None, guarded: GuardedEncoder | None = None
+    ) -> None:
+        self._host = HostBoundary(codec, guarded)
+        self._device = None if device_codec is None else DeviceBoundary(device_codec, guarded)
+        self._place = None if device_codec is None else device_codec.device
+
+    def of(self, cache: PagedKvCache) -> Boundary:
+        """Return the boundary of a cache."""
+        if self._device is not None and cache.device == self._place and cache.has_views:
+            return self._device
+        return self._host
+
+
+def cut_blocks(keys: torch.Tensor, values: torch.Tensor, blocks: Sequence[PagedBlock]) -> list[TierBlock]:
+    """Cut what `PagedKvCache.gather` returned into tier blocks."""
+    cut, start = [], 0
+    for block in blocks:
+        stop = start + block.num_tokens
+        cut.append(
+            TierBlock(
+                keys[start:stop], values[start:stop], block.first_position, block.sink_tokens, block.binding
+            )
+        )
+        start = stop
+    return cut
