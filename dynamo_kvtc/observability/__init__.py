@@ -18,6 +18,7 @@ from dynamo_kvtc.observability.counters import (
     miss_reason,
 )
 from dynamo_kvtc.observability.endpoint import MetricsEndpoint
+from dynamo_kvtc.observability.flat import SEPARATOR, Changes, Series, flat_series, flat_values
 from dynamo_kvtc.observability.logs import LOG_LEVELS, configure_logging
 from dynamo_kvtc.observability.metrics import METRICS, Family, Metric, metric_families
 from dynamo_kvtc.observability.prometheus import StatusCollector, exposition
@@ -25,7 +26,9 @@ from dynamo_kvtc.observability.prometheus import StatusCollector, exposition
 __all__ = [
     "LOG_LEVELS",
     "METRICS",
+    "SEPARATOR",
     "Action",
+    "Changes",
     "Counters",
     "DropReason",
     "Family",
@@ -33,6 +36,7 @@ __all__ = [
     "MetricsEndpoint",
     "MissReason",
     "Outcome",
+    "Series",
     "Snapshot",
     "Stage",
     "StatusCollector",
@@ -40,6 +44,8 @@ __all__ = [
     "configure_logging",
     "error_type",
     "exposition",
+    "flat_series",
+    "flat_values",
     "metric_families",
     "miss_reason",
 ]

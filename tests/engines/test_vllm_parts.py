@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ pytest.importorskip("vllm", reason="needs an environment with vLLM (make engine)
 
 import torch
 from offloading_host import write_model
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
@@ -27,10 +29,10 @@ from vllm.v1.kv_cache_interface import (
 from dynamo_kvtc.adapters.vllm import KvtcConnector
 from dynamo_kvtc.adapters.vllm.layouts import cpu_writer, discover_places, ordered_layers, paged_cache
 from dynamo_kvtc.adapters.vllm.settings import read_settings
-from dynamo_kvtc.adapters.vllm.stats import StatsSource
+from dynamo_kvtc.adapters.vllm.stats import SchedulerStats, WorkerStats
 from dynamo_kvtc.adapters.vllm.versions import check_version
 from dynamo_kvtc.errors import ConfigError, LayoutError
-from dynamo_kvtc.observability import Counters
+from dynamo_kvtc.observability import Counters, exposition
 from dynamo_kvtc.pipeline.permuted import PermutedKvCache
 
 TOKENS, HEADS, SIZE = 32, 3, 64
@@ -214,37 +216,74 @@ def test_known_versions_are_taken() -> None:
 # --- statistics ------------------------------------------------------------------------------------
 
 
+STATUS: dict[str, Any] = {
+    "artifact": {"id": "ab", "profile": "rd", "plan": "ratio=20"},
+    "version": "1",
+    "tiers": {"host0": {"stored_bytes": 100, "pauses": 0}},
+}
+
+
 def test_statistics_are_growths_that_add_up() -> None:
-    source, counters = StatsSource(), Counters()
+    source, counters = WorkerStats(), Counters()
     counters.offloaded(blocks=1, tokens=256, raw_bytes=1000, stored_bytes=50)
     counters.dropped("queue_full", 2)
-    first = source.take(StatsSource.flatten(counters.snapshot()))
-    assert first is not None and first.data["dropped_blocks:queue_full"] == 2
-    assert source.take(StatsSource.flatten(counters.snapshot())) is None
+    first = source.take(counters.snapshot(), STATUS)
+    assert first is not None and first.data["grown"]["dropped_blocks_total|queue_full"] == 2
+    assert first.data["now"]["tier_stored_bytes|host0"] == 100
+    assert source.take(counters.snapshot(), STATUS) is None
     counters.offloaded(blocks=1, tokens=256, raw_bytes=1000, stored_bytes=50)
-    second = source.take(StatsSource.flatten(counters.snapshot()))
+    second = source.take(counters.snapshot(), {**STATUS, "tiers": {"host0": {"stored_bytes": 150}}})
     assert second is not None
-    rebuilt = KvtcConnector.build_kv_connector_stats(second.to_dict())
-    line = first.aggregate(rebuilt).reduce()
-    assert line == {
+    rebuilt = KvtcConnector.build_kv_connector_stats(json.loads(json.dumps(second.to_dict())))
+    both = first.aggregate(rebuilt)
+    assert both.data["now"]["tier_stored_bytes|host0"] == 150
+    assert both.reduce() == {
         "offloaded tokens": 512,
         "onboarded tokens": 0,
         "ratio": 20.0,
-        "dropped_blocks:queue_full": 2,
+        "dropped_blocks_total|queue_full": 2,
     }
+    assert SchedulerStats().take(0) is None
 
 
-def test_statistics_become_prometheus_counters(tmp_path: Path, settings_file: Path) -> None:
+def test_every_metric_of_the_reference_is_on_vllms_port(tmp_path: Path, settings_file: Path) -> None:
+    """What `dynamo_kvtc_…` says on our own endpoint, `vllm:kvtc_…` says on vLLM's."""
+    counters = Counters()
+    counters.offloaded(blocks=1, tokens=256, raw_bytes=1000, stored_bytes=50)
+    counters.missed("damaged", 1)
+    counters.onboard_ended("complete", seconds=0.3, first_layer_s=0.1, transfer_s=0.2, decode_s=0.2)
+    status = {**STATUS, "counters": counters.snapshot().to_dict()}
     metrics = KvtcConnector.build_prom_metrics(
         engine_config(tmp_path, settings_file),
         {Counter: Counter, Gauge: Gauge, Histogram: Histogram},
-        ["engine"],
-        {0: ["0"]},
+        ["model_name", "engine"],
+        {0: ["m", "0"]},
     )
-    metrics.observe({"offloaded_tokens": 256, "missed_blocks:damaged": 1})
-    assert REGISTRY.get_sample_value("vllm:kvtc_offloaded_tokens_total", {"engine": "0"}) == 256
-    labels = {"engine": "0", "reason": "damaged"}
-    assert REGISTRY.get_sample_value("vllm:kvtc_missed_blocks_total", labels) == 1
+    source, scheduler = WorkerStats(), SchedulerStats()
+    for _ in range(2):  # the second time there is nothing new
+        stats = source.take(counters.snapshot(), status)
+        if stats is not None:
+            metrics.observe(json.loads(json.dumps(stats.to_dict())))
+    failed = scheduler.take(3)
+    assert failed is not None
+    metrics.observe(failed.to_dict())
+    theirs = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(generate_latest(REGISTRY).decode())
+        for sample in family.samples
+        if sample.name.startswith("vllm:kvtc_") and not sample.name.endswith("_created")
+    }
+    ours = {
+        (
+            sample.name.replace("dynamo_kvtc_", "vllm:kvtc_"),
+            *sorted({**sample.labels, "model_name": "m", "engine": "0"}.items()),
+        ): sample.value
+        for family in text_string_to_metric_families(exposition(status)[0].decode())
+        for sample in family.samples
+    }
+    lookups = ("vllm:kvtc_failed_lookups_total", ("engine", "0"), ("model_name", "m"))
+    assert theirs.pop(lookups) == 3
+    assert theirs == ours
 
 
 def test_the_class_is_found_by_name_as_multiconnector_does() -> None:

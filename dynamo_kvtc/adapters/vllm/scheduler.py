@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 from dynamo_kvtc.adapters.vllm.events import EventTranslator
 from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata, LoadJob, SaveJob
 from dynamo_kvtc.adapters.vllm.settings import ConnectorSettings
-from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, StatsSource
+from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, SchedulerStats
 from dynamo_kvtc.errors import LookupServiceError
 from dynamo_kvtc.pipeline.lookup_client import LookupClient, Lookups
 from dynamo_kvtc.pipeline.lookup_service import socket_path
@@ -78,7 +78,7 @@ class KvtcScheduler:
         self._failures = 0
         self._pending, self._pending_until = 0, 0.0
         self._translator = EventTranslator(settings.block_size, self._tokens) if settings.events else None
-        self._stats = StatsSource()
+        self._stats = SchedulerStats()
 
     # --- loading -----------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ class KvtcScheduler:
 
     def stats(self) -> KvtcConnectorStats | None:
         """Return what this side has counted since the last call."""
-        return self._stats.take({"failed_lookups": self._lookups.failed})
+        return self._stats.take(self._lookups.failed)
 
     def reset_cache(self) -> bool:
         """Let the tiers forget everything; returns whether they have."""

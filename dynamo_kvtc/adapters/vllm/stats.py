@@ -1,47 +1,39 @@
-"""The pipeline's counters in vLLM's connector statistics, hence in its log lines and on its metrics port."""
+"""The tiers' metrics in vLLM's connector statistics, hence in its log lines and on its metrics port.
+
+Each metric of docs/metrics.md appears there as ``vllm:kvtc_…`` in place of ``dynamo_kvtc_…``, with vLLM's
+labels before its own. (Dynamo passes on what begins with ``vllm:``.)
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from dynamo_kvtc.observability import Snapshot
+from dynamo_kvtc.observability import SEPARATOR, Changes, Series, flat_series
 
-__all__ = ["KvtcConnectorStats", "KvtcPromMetrics", "StatsSource"]
+__all__ = ["PREFIX", "KvtcConnectorStats", "KvtcPromMetrics", "SchedulerStats", "WorkerStats"]
 
-#: Counters of the snapshot that vLLM publishes, by their name after ``vllm:kvtc_``.
-_PLAIN: dict[str, str] = {
-    "looked_up_blocks": "Tier blocks asked for in lookups.",
-    "found_blocks": "Tier blocks asked for that a tier held.",
-    "offloaded_blocks": "Tier blocks stored.",
-    "offloaded_tokens": "Tokens stored.",
-    "offloaded_raw_bytes": "Size in the cache of what was stored, in bytes.",
-    "offloaded_stored_bytes": "Size of what was stored, headers included, in bytes.",
-    "onboarded_blocks": "Tier blocks put into the cache.",
-    "onboarded_tokens": "Tokens put into the cache.",
-    "onboarded_raw_bytes": "Size in the cache of what was put there, in bytes.",
-    "onboarded_stored_bytes": "Stored size of what was put into the cache, in bytes.",
-}
+#: What every name on vLLM's metrics port begins with.
+PREFIX = "vllm:kvtc_"
 
-_BY_REASON: dict[str, str] = {
-    "dropped_blocks": "Tier blocks not stored, by reason.",
-    "missed_blocks": "Tier blocks found and not put into the cache, by reason; vLLM recomputed them.",
-}
+#: Counted on the scheduler's side, so in no status.
+FAILED_LOOKUPS = Series(
+    "failed_lookups_total", "counter", "Lookups that failed or took too long and counted as misses.", ()
+)
 
-#: Counted on the scheduler's side.
-_SCHEDULER: dict[str, str] = {"failed_lookups": "Lookups that failed or took too long and counted as misses."}
-
-#: Between a counter's name and its reason in the keys of the statistics.
-_SEPARATOR = ":"
+#: Named in a log line if they grew.
+_TROUBLE = ("dropped_blocks_total", "missed_blocks_total", "tier_pauses_total", FAILED_LOOKUPS.name)
 
 
 @dataclass
 class KvtcConnectorStats(KVConnectorStats):  # type: ignore[misc]
-    """By how much each counter has grown: ``{"offloaded_tokens": 512, "dropped_blocks:queue_full": 2}``."""
+    """What has changed: ``grown`` by how much, and gauges as they are ``now``, by key of `flat_values`."""
 
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -51,60 +43,76 @@ class KvtcConnectorStats(KVConnectorStats):  # type: ignore[misc]
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add what another worker, or a later step, has counted."""
-        for name, grown in other.data.items():
-            self.data[name] = self.data.get(name, 0) + grown
+        grown = self.data.setdefault("grown", {})
+        for key, value in other.data.get("grown", {}).items():
+            grown[key] = grown.get(key, 0) + value
+        self.data.setdefault("now", {}).update(other.data.get("now", {}))
         return self
 
     def reduce(self) -> dict[str, int | float]:
         """Return what belongs into a log line."""
-        stored = self.data.get("offloaded_stored_bytes", 0)
+        grown = self.data.get("grown", {})
+        stored = grown.get("offloaded_stored_bytes_total", 0)
         line: dict[str, int | float] = {
-            "offloaded tokens": self.data.get("offloaded_tokens", 0),
-            "onboarded tokens": self.data.get("onboarded_tokens", 0),
+            "offloaded tokens": grown.get("offloaded_tokens_total", 0),
+            "onboarded tokens": grown.get("onboarded_tokens_total", 0),
         }
         if stored:
-            line["ratio"] = round(self.data.get("offloaded_raw_bytes", 0) / stored, 2)
-        line.update(
-            {name: grown for name, grown in self.data.items() if name.split(_SEPARATOR)[0] in _TROUBLE}
-        )
+            line["ratio"] = round(grown.get("offloaded_raw_bytes_total", 0) / stored, 2)
+        trouble = {
+            key: value for key, value in grown.items() if value and key.split(SEPARATOR)[0] in _TROUBLE
+        }
+        line.update(trouble)
         return line
 
     def is_empty(self) -> bool:
-        """Tell whether nothing has grown."""
-        return not self.data
+        """Tell whether nothing has changed."""
+        return not any(self.data.values())
 
 
-_TROUBLE = (*_BY_REASON, *_SCHEDULER)
-
-
-class StatsSource:
-    """Turns counters that only grow into their growth since the last call."""
+class WorkerStats:
+    """Makes statistics of the worker's statuses."""
 
     def __init__(self) -> None:
-        self._before: dict[str, int] = {}
+        self._changes = Changes()
+        self._counters: Any = None
+        self._status: Mapping[str, Any] | None = None
 
-    def take(self, now: dict[str, int]) -> KvtcConnectorStats | None:
-        """Return the growth since the last call, or None if there is none."""
-        grown = {
-            name: value - self._before.get(name, 0)
-            for name, value in now.items()
-            if value != self._before.get(name, 0)
-        }
-        self._before = now
-        return KvtcConnectorStats(data=grown) if grown else None
+    def take(self, counters: Any, status: Mapping[str, Any]) -> KvtcConnectorStats | None:
+        """Return what has changed since the last call, or None.
 
-    @staticmethod
-    def flatten(snapshot: Snapshot) -> dict[str, int]:
-        """Return the counters of a snapshot under the names of `KvtcConnectorStats`."""
-        counters: dict[str, int] = {name: getattr(snapshot, name) for name in _PLAIN}
-        for name in _BY_REASON:
-            for reason, count in getattr(snapshot, name).items():
-                counters[f"{name}{_SEPARATOR}{reason}"] = count
-        return counters
+        Parameters
+        ----------
+        counters : Snapshot
+            Of now.
+        status : Mapping
+            The latest that there is; what it says of counters is passed over.
+        """
+        if status is self._status and counters == self._counters:
+            return None
+        self._counters, self._status = counters, status
+        grown, now = self._changes.take({**status, "counters": counters.to_dict()})
+        return KvtcConnectorStats(data={"grown": grown, "now": now}) if grown or now else None
+
+
+class SchedulerStats:
+    """Makes statistics of what the scheduler's side counts."""
+
+    def __init__(self) -> None:
+        self._failed_lookups = 0
+
+    def take(self, failed_lookups: int) -> KvtcConnectorStats | None:
+        """Return what has changed since the last call, or None."""
+        grown, self._failed_lookups = failed_lookups - self._failed_lookups, failed_lookups
+        return KvtcConnectorStats(data={"grown": {FAILED_LOOKUPS.name: grown}}) if grown else None
 
 
 class KvtcPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """The statistics as Prometheus counters ``vllm:kvtc_…``."""
+    """The statistics as Prometheus metrics ``vllm:kvtc_…``.
+
+    The series of a histogram are gauges here: vLLM's interface to Prometheus cannot add observations that
+    were made elsewhere. Their names and values are those of a histogram, so that queries are the same.
+    """
 
     def __init__(
         self,
@@ -114,22 +122,37 @@ class KvtcPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        make = metric_types[Counter]
-        self._counters = {
-            name: make(name=f"vllm:kvtc_{name}", documentation=text, labelnames=labelnames)
-            for name, text in {**_PLAIN, **_SCHEDULER}.items()
-        }
-        self._by_reason = {
-            name: make(name=f"vllm:kvtc_{name}", documentation=text, labelnames=[*labelnames, "reason"])
-            for name, text in _BY_REASON.items()
-        }
+        self._kinds: dict[str, str] = {}
+        self._metrics: dict[str, Any] = {}
+        self._totals: defaultdict[tuple[int, str], float] = defaultdict(float)
+        for series in (*flat_series(), FAILED_LOOKUPS):
+            self._kinds[series.name] = series.kind
+            name, labels = PREFIX + series.name, [*labelnames, *series.labels]
+            if series.kind == "counter":
+                # prometheus_client puts the ending back.
+                self._metrics[series.name] = metric_types[Counter](
+                    name=name.removesuffix("_total"), documentation=series.help, labelnames=labels
+                )
+            else:
+                # Each API server sees a part of the growth, and any of them the newest value of a gauge.
+                self._metrics[series.name] = metric_types[Gauge](
+                    name=name,
+                    documentation=series.help,
+                    labelnames=labels,
+                    multiprocess_mode="mostrecent" if series.kind == "gauge" else "livesum",
+                )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add what an engine has counted."""
-        values = self.per_engine_labelvalues[engine_idx]
-        for key, grown in transfer_stats_data.items():
-            name, _, reason = key.partition(_SEPARATOR)
-            if name in self._counters:
-                self._counters[name].labels(*values).inc(grown)
-            elif name in self._by_reason:
-                self._by_reason[name].labels(*values, reason).inc(grown)
+        engine = self.per_engine_labelvalues[engine_idx]
+        for key, value in transfer_stats_data.get("grown", {}).items():
+            name, *labels = key.split(SEPARATOR)
+            if self._kinds.get(name) == "counter":
+                self._metrics[name].labels(*engine, *labels).inc(value)
+            elif name in self._metrics:
+                self._totals[engine_idx, key] += value
+                self._metrics[name].labels(*engine, *labels).set(self._totals[engine_idx, key])
+        for key, value in transfer_stats_data.get("now", {}).items():
+            name, *labels = key.split(SEPARATOR)
+            if name in self._metrics:
+                self._metrics[name].labels(*engine, *labels).set(value)

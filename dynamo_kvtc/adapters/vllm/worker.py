@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -14,7 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from dynamo_kvtc.adapters.vllm.layouts import ordered_layers, paged_cache
 from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata, LoadJob, SaveJob
 from dynamo_kvtc.adapters.vllm.settings import ConnectorSettings
-from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, StatsSource
+from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, WorkerStats
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import KvtcError, OnboardError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
@@ -34,6 +38,9 @@ _PREEMPTION_PATIENCE_S = 0.1
 
 #: How long a step that computes nothing is held back while loads are under way.
 _IDLE_STEP_S = 0.002
+
+#: How often the adapter's status is asked for.
+_STATUS_EVERY_S = 1.0
 
 #: Added to the onboard's own deadline, which is the one that counts.
 _MARGIN_S = 10.0
@@ -97,7 +104,10 @@ class KvtcWorker:
         self._events: EventLog | None = None
         self._pending: list[ThreadedOffload] = []
         self._pending_reported = 0
-        self._stats = StatsSource()
+        self._stats = WorkerStats()
+        self._status: Mapping[str, Any] = {}
+        self._next_status: Future[Mapping[str, Any]] | None = None
+        self._status_at = 0.0
 
     # --- start and end -----------------------------------------------------------------------------
 
@@ -295,11 +305,26 @@ class KvtcWorker:
         return KvtcWorkerMetadata(pending, self._failures, copied, events)
 
     def stats(self) -> KvtcConnectorStats | None:
-        """Return what the tiers' counters have grown by since the last call."""
+        """Return what has changed in the tiers' metrics since the last call.
+
+        Counters are of now. What only the adapter's event loop may read, such as the tiers' fill, is asked
+        for now and told by a later call: a step does not wait for it.
+        """
         if self._adapter is None:
             return None
-        return self._stats.take(StatsSource.flatten(self._adapter.counters.snapshot()))
+        if self._next_status is not None and self._next_status.done():
+            with suppress(Exception):  # of a loop that is being closed; asked again
+                self._status = self._next_status.result()
+            self._next_status = None
+        if self._next_status is None and time.monotonic() >= self._status_at:
+            self._status_at = time.monotonic() + _STATUS_EVERY_S
+            self._next_status = self._adapter.start(_read_status)
+        return self._stats.take(self._adapter.counters.snapshot(), self._status)
 
     def _opened(self) -> tuple[ThreadedTierAdapter, PagedKvCache]:
         assert self._adapter is not None and self._cache is not None, "vLLM registers its caches first"
         return self._adapter, self._cache
+
+
+async def _read_status(tiers: TierAdapter) -> Mapping[str, Any]:
+    return tiers.status().to_dict()
