@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
+from dynamo_kvtc.codec.gpu.stages import StageClock
 from dynamo_kvtc.errors import GpuUnavailableError, MissingDependencyError
 
 __all__ = ["DeviceEvent", "GpuDevice", "gpu_problem", "require_gpu"]
@@ -93,6 +94,8 @@ class GpuDevice:
     stages : int
         Steps of a product that are loaded ahead: four where an SM has shared memory for them (data centre
         GPUs), else three.
+    clock : StageClock or None
+        Times the stages of the codec's work, for measurements.
     stream, upload_stream : torch.cuda.Stream or None
         For kernels, and for copies to the device; None on a CPU.
     """
@@ -102,6 +105,7 @@ class GpuDevice:
     stream: torch.cuda.Stream | None = None
     upload_stream: torch.cuda.Stream | None = None
     stages: int = 3
+    clock: StageClock | None = None
     _interpreted: bool = field(default=False, repr=False)
 
     #: Programs on an SM: of matrix products, which fill one each, and of kernels that only move bytes.
@@ -201,6 +205,10 @@ class GpuDevice:
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Name what the block puts on this device's stream; see `dynamo_kvtc.codec.gpu.stages`."""
+        return nullcontext() if self.clock is None else self.clock.interval(name, self.stream)
 
     def record(self, stream: torch.cuda.Stream | None = None) -> DeviceEvent:
         """Mark the present end of a stream's work, by default that of the kernels'."""

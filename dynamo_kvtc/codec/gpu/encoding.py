@@ -75,7 +75,7 @@ class DeviceStream:
     def copy_into(self, target: memoryview) -> None:
         """Write the stream to host memory; see `EncodedStream.copy_into`."""
         view = memoryview(target).cast("B")
-        with self._gpu.active():
+        with self._gpu.active(), self._gpu.stage("copy to host"):
             as_tensor(view).copy_(self._image, non_blocking=True)
             self._gpu.record().wait()
         chunks, offset = [], header_size(len(self._pieces))
@@ -203,11 +203,13 @@ class PendingBatch:
         """Entropy-code all chunks in one batch and put each stream's in their places."""
         slots = place([size for _, size in chunks])
         plain = self.payload.new_empty(slots.total)
-        copy_ranges(
-            self.gpu, self.payload, plain,
-            [(start, to, size) for (start, size), to in zip(chunks, slots.offsets, strict=True)],
-        )  # fmt: skip
-        coded = self.coder.encode(plain, slots)
+        with self.gpu.stage("assemble"):
+            copy_ranges(
+                self.gpu, self.payload, plain,
+                [(start, to, size) for (start, size), to in zip(chunks, slots.offsets, strict=True)],
+            )  # fmt: skip
+        with self.gpu.stage("deflate"):
+            coded = self.coder.encode(plain, slots)
         from_coded, from_plain, sizes, total = [], [], [], 0
         for pieces in blocks:
             if not isinstance(pieces, list):
@@ -223,9 +225,10 @@ class PendingBatch:
                 offset = align(offset + piece.stored_size)
             sizes.append(offset)
             total += offset
-        image = self.payload.new_zeros(total)
-        copy_ranges(self.gpu, coded.data, image, from_coded)
-        copy_ranges(self.gpu, plain, image, from_plain)
+        with self.gpu.stage("assemble"):
+            image = self.payload.new_zeros(total)
+            copy_ranges(self.gpu, coded.data, image, from_coded)
+            copy_ranges(self.gpu, plain, image, from_plain)
         results: list[EncodedStream | Exception] = []
         start = 0
         for header, pieces, size in zip(self.headers, blocks, sizes, strict=True):

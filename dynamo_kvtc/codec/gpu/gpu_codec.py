@@ -194,7 +194,8 @@ class GpuCodec(PagedCodec):
             )
             first = [block.first_position + block.sink_tokens for block in blocks]
             positions = gpu.upload(run_positions(first, coded))
-            unrotate = rotation_tables(rope, positions, geometry.head_size, inverse=True)
+            with gpu.stage("gather"):
+                unrotate = rotation_tables(rope, positions, geometry.head_size, inverse=True)
             status = torch.zeros(len(blocks), dtype=torch.int32, device=self.device)
             sides, sections, total = [], [], 0
             for group in range(len(self.layer_groups)):
@@ -212,17 +213,20 @@ class GpuCodec(PagedCodec):
                 rows = torch.empty(
                     (sum(coded), layers.count * geometry.layer_size), dtype=torch.bfloat16, device=self.device
                 )
-                sums = gather_rows(
-                    gpu, caches[index % 2].layers(layers.first, layers.stop), place, owners, status,
-                    side.weights.mean, unrotate if kind is SectionKind.KEYS else None, side.importance, rows,
-                )  # fmt: skip
+                with gpu.stage("gather"):
+                    sums = gather_rows(
+                        gpu, caches[index % 2].layers(layers.first, layers.stop), place, owners, status,
+                        side.weights.mean, unrotate if kind is SectionKind.KEYS else None, side.importance,
+                        rows,
+                    )  # fmt: skip
                 if index == len(sides) - 1:
                     sinks = [
                         gather_sinks(gpu, keys, values, own[: block.sink_tokens])
                         for own, block in zip(slots, blocks, strict=True)
                     ]
                     gathered = gpu.record()
-                escapes = side.encode(rows, sums, section, payload, status)
+                with gpu.stage("project, quantise, pack"):
+                    escapes = side.encode(rows, sums, section, payload, status)
                 encoded.append(EncodedSection(layers, kind, side, section, escapes))
         return PendingBatch(
             gpu,
@@ -268,7 +272,8 @@ class GpuCodec(PagedCodec):
         sound: dict[int, list[tuple[int, StoredGroup]]] = {}
         for index, (header, payload) in enumerate(zip(headers, payloads, strict=True)):
             try:
-                stored = verify(header, group, payload)
+                with self._gpu.stage("verify"):
+                    stored = verify(header, group, payload)
             except KvtcError as error:
                 results[index] = error
             else:
@@ -311,7 +316,8 @@ class GpuCodec(PagedCodec):
             for kind in _SIDES:
                 offsets, sizes = zip(*plan.sections[kind], strict=True)
                 side = self._side(group, kind, plan_id)
-                coefficients.append(side.decode(payload, coded, offsets, sizes, faults))
+                with gpu.stage("unpack, dequantise"):
+                    coefficients.append(side.decode(payload, coded, offsets, sizes, faults))
             # Waits for the batch, in the thread that opens it.
             found = faults.tolist()
             check()
@@ -362,7 +368,7 @@ class GpuCodec(PagedCodec):
         """Launch the decoding of layers into the engine's blocks; see `PagedCodec.scatter`."""
         gpu = self._gpu
         caches = self._cache(keys), self._cache(values)
-        with gpu.active():
+        with gpu.active(), gpu.stage("inverse product, scatter"):
             gpu.after_engine(after)
             all_slots = token_slots(block_ids, caches[0].block_size)
             works = []

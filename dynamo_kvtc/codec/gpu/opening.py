@@ -187,14 +187,18 @@ def inflate(
         `EntropyDecodeError` if a chunk did not decode to its size.
     """
     device = gpu.device
-    data = gpu.upload_all([as_tensor(stored.payload) for stored in groups], plan.starts, plan.stored_bytes)
+    with gpu.stage("copy to device"):
+        parts = [as_tensor(stored.payload) for stored in groups]
+        data = gpu.upload_all(parts, plan.starts, plan.stored_bytes)
     slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
-    check = coder.decode(
-        data, _slots(plan.source, plan.stored_bytes), slots, _slots(plan.plain, plan.plain_bytes)
-    )
+    with gpu.stage("inflate"):
+        check = coder.decode(
+            data, _slots(plan.source, plan.stored_bytes), slots, _slots(plan.plain, plan.plain_bytes)
+        )
     payload = torch.empty(plan.payload_bytes, dtype=torch.uint8, device=device)
-    copy_ranges(gpu, slots, payload, plan.from_plain)
-    copy_ranges(gpu, data, payload, plan.from_stored)
+    with gpu.stage("unpack, dequantise"):
+        copy_ranges(gpu, slots, payload, plan.from_plain)
+        copy_ranges(gpu, data, payload, plan.from_stored)
     for stored, chunk, to in plan.by_host:
         plain = as_tensor(bytes(_plain(stored, chunk)))
         payload[to : to + chunk.plain_size] = gpu.upload(plain)
