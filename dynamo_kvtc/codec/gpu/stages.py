@@ -1,7 +1,7 @@
 """The stages that work on a device goes through, and a clock that times them for measurements.
 
-Nothing is timed unless a clock is set (`GpuDevice.clock`); then two events a stage are recorded on the codec's
-stream. A stage's time is that between them: where the host launches too slowly, its idling counts.
+Nothing is timed unless a clock is set (`GpuDevice.clock`); then two events a stage are recorded on the
+codec's stream. A stage's time is that between them: where the host launches too slowly, its idling counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DECODE_STAGES = ("verify", "copy to device", "inflate", "unpack, dequantise", "i
 
 
 class StageClock:
-    """Adds up the time of each stage: by CUDA events on a GPU, by the host's clock otherwise. One thread's."""
+    """Adds up the time of each stage, by CUDA events or the host's clock; for one thread."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[str, Any, Any]] = []
