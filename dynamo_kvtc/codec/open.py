@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
+
+import torch
 
 from dynamo_kvtc.codec.entropy import EntropyCoder
 from dynamo_kvtc.codec.header import Profile
@@ -10,9 +12,13 @@ from dynamo_kvtc.codec.kvtc import KvtcCodec
 from dynamo_kvtc.codec.parameters import AnyParameters, KvtcParameters, RdParameters
 from dynamo_kvtc.codec.rd import RdCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
-from dynamo_kvtc.errors import ArtifactMismatchError
+from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError, MissingDependencyError
 
-__all__ = ["open_codec"]
+if TYPE_CHECKING:
+    from dynamo_kvtc.codec.gpu.device import GpuDevice
+    from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
+
+__all__ = ["open_codec", "open_gpu_codec"]
 
 
 def open_codec(
@@ -58,3 +64,56 @@ def open_codec(
         threads=threads,
         coder=coder,
     )
+
+
+def open_gpu_codec(
+    host: TransformCodec,
+    device: torch.device | GpuDevice,
+    *,
+    block_tokens: int,
+    staging_bytes: int,
+    sm_share: float,
+    priority: str,
+) -> GpuCodec:
+    """Return the codec that serves caches on a GPU in place of `host`, ready to work.
+
+    Parameters
+    ----------
+    device : torch.device or GpuDevice
+        A CUDA device, or one that is open already.
+    block_tokens, staging_bytes : int
+        Tokens of a tier block, and the memory for what is in flight; see `dynamo_kvtc.codec.gpu.staging`.
+    sm_share, priority : float, str
+        As `GpuDevice.open` takes them.
+
+    Raises
+    ------
+    GpuUnavailableError, MissingDependencyError
+        If there is no usable GPU, no Triton, or no memory left.
+    LayoutError
+        If heads have an odd number of channels, or weights are too large.
+    ConfigError
+        If one tier block does not fit into half of `staging_bytes`.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the GPU codec needs Triton: pip install 'dynamo-kvtc[gpu]' (CUDA builds of torch bring it along)"
+        ) from error
+    del triton
+    from dynamo_kvtc.codec.gpu.device import GpuDevice
+    from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
+
+    if isinstance(device, torch.device):
+        device = GpuDevice.open(device, sm_share=sm_share, priority=priority)
+    codec = GpuCodec(host, device, staging_bytes=staging_bytes, block_tokens=block_tokens)
+    if min(codec.most_encode_tokens, codec.most_open_tokens) < block_tokens:
+        needed = 2 * block_tokens * codec.token_bytes
+        raise ConfigError(
+            f"codec.gpu.memory of {staging_bytes} bytes does not hold two tier blocks of {block_tokens} "
+            f"tokens: set it to {needed} or more, or lower policy.tier_block_tokens"
+        )
+    device.reserve(staging_bytes)
+    codec.warm_up()
+    return codec

@@ -134,6 +134,11 @@ class TransformCodec(KvCodec):
         """The plan that is encoded with; None in a codec for decoding only."""
         return self._plan_id
 
+    @property
+    def mapper(self) -> Mapper:
+        """What runs entropy coding, as `map` does, in the codec's threads."""
+        return self._map
+
     # --- sizes -----------------------------------------------------------------------------------
 
     def header_bytes(self, num_tokens: int, sink_tokens: int) -> int:

@@ -30,6 +30,7 @@ __all__ = [
     "Config",
     "DiskTierConfig",
     "EncryptionConfig",
+    "GpuConfig",
     "GuardConfig",
     "HostTierConfig",
     "ObjectTierConfig",
@@ -46,6 +47,21 @@ __all__ = [
 
 #: Ratio that is encoded with if nothing is said, by profile.
 _DEFAULT_RATIOS = {"rd": 20.0, "kvtc": 16.0}
+
+
+class GpuConfig(Section):
+    """How much of a GPU the codec takes beside the engine."""
+
+    memory: Annotated[Size, Field(ge=1024**2)] = 1024**3
+    """Bytes of device memory for what is in flight, taken at start; what does not fit waits. Bases, and what
+    nvCOMP takes for itself, come on top."""
+
+    sm_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Largest share of the multiprocessors that a kernel of the codec occupies; nvCOMP's are not bound."""
+
+    priority: Literal["low", "high"] = "low"
+    """Priority of the codec's stream. CUDA has none below that of an engine's stream: low is the same as it,
+    high goes before it."""
 
 
 class CodecConfig(Section):
@@ -71,6 +87,13 @@ class CodecConfig(Section):
 
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     """Threads that entropy-code chunks; by default one per core this process may use."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where blocks are encoded and decoded. auto: where the engine's cache lies, and on the CPU where the GPU
+    cannot be used, which the log says. cuda: on the engine's GPU, or not at all. Streams are the same."""
+
+    gpu: Annotated[GpuConfig, BeforeValidator(null_is_empty)] = GpuConfig()
+    """What the codec takes of the GPU."""
 
     @model_validator(mode="after")
     def _one_plan(self) -> CodecConfig:

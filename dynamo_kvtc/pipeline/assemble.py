@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact, load_artifact
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import KvGeometry
-from dynamo_kvtc.codec.open import open_codec
+from dynamo_kvtc.codec.open import open_codec, open_gpu_codec
+from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.rope import RopeParameters
@@ -25,7 +29,13 @@ from dynamo_kvtc.config import (
     ObjectTierConfig,
     TierConfig,
 )
-from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
+from dynamo_kvtc.errors import (
+    ArtifactMismatchError,
+    ConfigError,
+    GpuUnavailableError,
+    LayoutError,
+    MissingDependencyError,
+)
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.expose import expose
@@ -49,7 +59,12 @@ from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.staging import StagingPool
 
+if TYPE_CHECKING:
+    from dynamo_kvtc.codec.gpu.device import GpuDevice
+
 __all__ = ["offload_policy", "open_adapter"]
+
+_log = logging.getLogger(__name__)
 
 
 #: More threads than this are not taken by themselves: the engine needs cores too.
@@ -62,6 +77,7 @@ async def open_adapter(
     block_size: int,
     rope: RopeParameters | None = None,
     *,
+    device: torch.device | GpuDevice | None = None,
     wrap_tier: Callable[[Tier], Tier] = lambda tier: tier,
 ) -> TierAdapter:
     """Open tiers, transfer agent and codec as configured.
@@ -72,6 +88,9 @@ async def open_adapter(
         The engine's cache.
     rope : RopeParameters, optional
         How the engine's model rotates keys; checked against the artifact when given.
+    device : torch.device or GpuDevice, optional
+        Where the engine's cache lies (`PagedKvCache.device`), or a device that is open; by default host
+        memory. ``codec.device`` says whether it is used.
     wrap_tier : Callable[[Tier], Tier]
         Puts something around each tier, for tests and measurements (`dynamo_kvtc.testing`).
 
@@ -82,6 +101,8 @@ async def open_adapter(
         plan for the ratio or divergence that is asked for.
     ConfigError
         If settings contradict the engine.
+    GpuUnavailableError
+        If the codec must work on a GPU and cannot.
     TierError, TransferError, MissingDependencyError
         If a tier or NIXL cannot be opened.
     """
@@ -90,6 +111,7 @@ async def open_adapter(
     policy = offload_policy(config)
     policy.check_block_size(block_size)
     codec, artifact = await asyncio.to_thread(_codec, config, geometry, rope)
+    device_codec = await asyncio.to_thread(_device_codec, config, codec, device)
     artifact_id = bytes(ARTIFACT_ID_BYTES) if artifact is None else artifact.parameters.artifact_id
     encoder = " ".join(name for name in _encoder(config).values() if name)
     async with AsyncExitStack() as opened:
@@ -137,6 +159,7 @@ async def open_adapter(
             costs=_costs(config),
             encoder=encoder,
             guarded=None if artifact is None else _guarded(config, codec, artifact, encoder),
+            device_codec=device_codec,
         )
         adapter.artifact = {"id": artifact_id.hex(), **_encoder(config)}
         if config.observability.metrics_port is not None:
@@ -227,6 +250,37 @@ def _open(
         compute_dtype=wanted.compute_dtype,
         threads=wanted.threads or len(os.sched_getaffinity(0)),
     )
+
+
+def _device_codec(
+    config: Config, codec: KvCodec, device: torch.device | GpuDevice | None
+) -> PagedCodec | None:
+    """Open the codec of the engine's GPU as `codec.device` says; None where the CPU's serves."""
+    wanted = config.codec
+    if wanted.device == "cpu" or not isinstance(codec, TransformCodec):
+        return None
+    if device is None or (isinstance(device, torch.device) and device.type != "cuda"):
+        if wanted.device == "cuda":
+            raise ConfigError(
+                "codec.device is cuda, but the engine's cache lies in host memory: set it to auto or cpu"
+            )
+        return None
+    try:
+        opened = open_gpu_codec(
+            codec,
+            device,
+            block_tokens=config.policy.tier_block_tokens,
+            staging_bytes=wanted.gpu.memory,
+            sm_share=wanted.gpu.sm_share,
+            priority=wanted.gpu.priority,
+        )
+    except (GpuUnavailableError, MissingDependencyError, LayoutError) as error:
+        if wanted.device == "cuda":
+            raise
+        _log.warning("the CPU encodes and decodes the GPU's cache, which is slow: %s", error)
+        return None
+    _log.info("tier blocks are encoded and decoded on %s", opened.device)
+    return opened
 
 
 async def _tier(config: TierConfig, agent: TransferAgent, *, name: str) -> Tier:

@@ -1,13 +1,16 @@
 """The device that a GPU codec works on: its streams, and how much of it the codec may take.
 
-All work of a codec goes to one stream of low priority, so that the engine's kernels go first, and each kernel
-has a bounded grid, so that it never holds more than a share of the SMs. Uploads have a stream of their own.
+All work of a codec goes to one stream, and each kernel has a bounded grid, so that it never holds more than
+a share of the SMs. Uploads have a stream of their own. Nothing here makes the host wait but
+`DeviceEvent.wait` and `GpuDevice.download`, which belong in worker threads and have a deadline: a device that
+does not answer is lost, and everything asked of it from then on is refused.
 Without a GPU (`GpuDevice.interpreter`) everything runs in place, for tests: kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,10 +20,19 @@ import torch
 from dynamo_kvtc.codec.gpu.stages import StageClock
 from dynamo_kvtc.errors import GpuUnavailableError, MissingDependencyError
 
-__all__ = ["DeviceEvent", "GpuDevice", "gpu_problem", "require_gpu"]
+__all__ = ["PRIORITIES", "DeviceEvent", "GpuDevice", "gpu_problem", "require_gpu"]
+
+#: Priorities of the codec's streams. CUDA has none below a default stream's: low is that one.
+PRIORITIES = ("low", "high")
+
+#: Seconds without an answer after which a device is taken for lost.
+_PATIENCE_S = 60.0
+
+#: Seconds between two looks at an event, at first and at last.
+_FIRST_LOOK_S, _LAST_LOOK_S = 20e-6, 500e-6
 
 
-def gpu_problem() -> str | None:
+def gpu_problem(device: torch.device | str = "cuda") -> str | None:
     """Say why the GPU codec cannot run here; None if it can. Touches no device but through torch."""
     try:
         import triton
@@ -33,7 +45,7 @@ def gpu_problem() -> str | None:
             if built
             else "this build of torch is for CPUs; install one for CUDA"
         )
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}; bfloat16 tensor cores need 8.0"
     del triton
@@ -48,7 +60,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(found["max_shared_mem"])
 
 
-def require_gpu() -> None:
+def require_gpu(device: torch.device | str = "cuda") -> None:
     """Raise unless the GPU codec can run here.
 
     Raises
@@ -56,24 +68,38 @@ def require_gpu() -> None:
     GpuUnavailableError
         With what to do about it.
     """
-    if (problem := gpu_problem()) is not None:
+    if (problem := gpu_problem(device)) is not None:
         raise GpuUnavailableError(f"no usable GPU: {problem}")
 
 
 class DeviceEvent:
     """A point in a stream's work. Made by `GpuDevice.record`; on a CPU it has always been reached."""
 
-    def __init__(self, event: torch.cuda.Event | None) -> None:
-        self._event = event
+    def __init__(self, gpu: GpuDevice, event: torch.cuda.Event | None) -> None:
+        self._gpu, self._event = gpu, event
 
     def reached(self) -> bool:
         """Tell whether everything before it is done; never blocks."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Block this thread until everything before it is done. Never call it on an event loop."""
-        if self._event is not None:
-            self._event.synchronize()
+        """Block this thread until everything before it is done. Never call it on an event loop.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If the device does not get there; it is lost then.
+        """
+        deadline, pause = time.monotonic() + _PATIENCE_S, _FIRST_LOOK_S
+        while not self.reached():
+            if time.monotonic() > deadline:
+                self._gpu.lost = True
+                raise GpuUnavailableError(
+                    f"{self._gpu.device} has not answered for {_PATIENCE_S:g} s and is not used any more: "
+                    "see nvidia-smi and the kernel's log, and restart the worker"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_LOOK_S)
 
     def order(self, stream: torch.cuda.Stream | None) -> None:
         """Make later work of `stream` wait for it, without blocking the caller."""
@@ -98,6 +124,8 @@ class GpuDevice:
         Times the stages of the codec's work, for measurements.
     stream, upload_stream : torch.cuda.Stream or None
         For kernels, and for copies to the device; None on a CPU.
+    lost : bool
+        Set when the device did not answer.
     """
 
     device: torch.device
@@ -106,6 +134,7 @@ class GpuDevice:
     upload_stream: torch.cuda.Stream | None = None
     stages: int = 3
     clock: StageClock | None = None
+    lost: bool = False
     _interpreted: bool = field(default=False, repr=False)
 
     #: Programs on an SM: of matrix products, which fill one each, and of kernels that only move bytes.
@@ -116,34 +145,42 @@ class GpuDevice:
     FOUR_STAGES_BYTES = 136 << 10
 
     @classmethod
-    def open(cls, device: torch.device | str = "cuda", *, sm_share: float = 0.5) -> GpuDevice:
+    def open(
+        cls, device: torch.device | str = "cuda", *, sm_share: float = 0.5, priority: str = "low"
+    ) -> GpuDevice:
         """Open a CUDA device.
 
         Parameters
         ----------
         sm_share : float
             Largest share of the SMs that the codec's kernels take, above 0 and at most 1.
+        priority : str
+            One of `PRIORITIES`.
 
         Raises
         ------
         GpuUnavailableError
             If there is no usable one.
         ValueError
-            If `sm_share` is out of range.
+            If `sm_share` or `priority` is out of range.
         """
         if not 0 < sm_share <= 1:
             raise ValueError(f"sm_share is {sm_share}; it must lie above 0 and at most at 1")
-        require_gpu()
+        if priority not in PRIORITIES:
+            raise ValueError(f"priority is {priority!r}; choose one of {', '.join(PRIORITIES)}")
+        require_gpu(device)
         found = torch.device(device)
         if found.index is None:
             found = torch.device("cuda", torch.cuda.current_device())
         sms = torch.cuda.get_device_properties(found).multi_processor_count
-        # CUDA's least priority is 0, which streams have by default; greater ones are negative.
+        # Numbers fall as priorities rise: (0, -5), say. A CPU build of torch does not have this method.
+        least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
+        number = least if priority == "low" else greatest
         return cls(
             found,
             max(1, int(sms * sm_share)),
-            torch.cuda.Stream(found, priority=0),  # type: ignore[no-untyped-call]
-            torch.cuda.Stream(found, priority=0),  # type: ignore[no-untyped-call]
+            torch.cuda.Stream(found, priority=number),  # type: ignore[no-untyped-call]
+            torch.cuda.Stream(found, priority=number),  # type: ignore[no-untyped-call]
             stages=4 if _shared_memory(found) >= cls.FOUR_STAGES_BYTES else 3,
         )
 
@@ -199,12 +236,26 @@ class GpuDevice:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Send what the block launches to this device's stream."""
+        """Send what the block launches to this device's stream.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If the device is lost, or has no memory left for what the block allocates.
+        """
+        if self.lost:
+            raise GpuUnavailableError(f"{self.device} did not answer and is not used any more")
         if self.stream is None:
             yield
             return
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            yield
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise GpuUnavailableError(
+                f"no memory is left on {self.device} for the codec: let the engine take less of it "
+                "(--gpu-memory-utilization), or lower codec.gpu.memory"
+            ) from error
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Name what the block puts on this device's stream; see `dynamo_kvtc.codec.gpu.stages`."""
@@ -214,10 +265,10 @@ class GpuDevice:
         """Mark the present end of a stream's work, by default that of the kernels'."""
         chosen = stream or self.stream
         if chosen is None:
-            return DeviceEvent(None)
+            return DeviceEvent(self, None)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(chosen)
-        return DeviceEvent(event)
+        return DeviceEvent(self, event)
 
     def after_engine(self, event: torch.cuda.Event | None) -> None:
         """Order the codec's next work behind an event of the engine's, or behind its default stream."""
@@ -252,6 +303,35 @@ class GpuDevice:
         self.stream.wait_stream(self.upload_stream)
         target.record_stream(self.stream)
         return target
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor to the host behind what is launched; blocks the thread until it is there.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If the device does not answer.
+        """
+        if self.stream is None:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        with self.active():
+            host.copy_(tensor, non_blocking=True)
+            done = self.record()
+        done.wait()
+        return host
+
+    def reserve(self, nbytes: int) -> None:
+        """Take memory from the device into torch's pool for this stream, so that it is there when needed.
+
+        Raises
+        ------
+        GpuUnavailableError
+            If so much is not free.
+        """
+        if self.stream is not None:
+            with self.active():
+                torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     @staticmethod
     def _fill(target: torch.Tensor, parts: Sequence[torch.Tensor], starts: Sequence[int]) -> torch.Tensor:

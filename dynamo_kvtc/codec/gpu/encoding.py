@@ -17,6 +17,7 @@ from dynamo_kvtc.codec.gpu.host_memory import as_tensor
 from dynamo_kvtc.codec.gpu.kernels.ranges import copy_ranges
 from dynamo_kvtc.codec.gpu.sections import Sections
 from dynamo_kvtc.codec.gpu.side import GpuSide, SectionSpan
+from dynamo_kvtc.codec.gpu.staging import StagingBudget
 from dynamo_kvtc.codec.header import Chunk, SectionKind, align, header_size
 from dynamo_kvtc.codec.paged_codec import EncodedStream
 from dynamo_kvtc.codec.sinks import SinkCodec
@@ -60,12 +61,20 @@ class DeviceStream:
         Its chunks in stream order.
     image : torch.Tensor
         uint8 ``[bytes]`` on the device: the chunks in their places, zeros elsewhere.
+    batch : object
+        Holds the bytes of the staging budget that the batch's images take.
     """
 
     def __init__(
-        self, gpu: GpuDevice, header: StreamHeader, pieces: Sequence[_Piece], image: torch.Tensor
+        self,
+        gpu: GpuDevice,
+        header: StreamHeader,
+        pieces: Sequence[_Piece],
+        image: torch.Tensor,
+        batch: object,
     ) -> None:
         self._gpu, self._header, self._pieces, self._image = gpu, header, pieces, image
+        self._batch = batch
 
     @property
     def nbytes(self) -> int:
@@ -119,10 +128,11 @@ class PendingBatch:
     sinks : Sequence[tuple of torch.Tensor or None]
         Sink tokens' keys and values ``[tokens, layers, heads, head_size]`` of each tier block, on the device.
     batch : object
-        Holds the batch's bytes of the staging budget.
+        Holds the batch's bytes of `budget`.
     """
 
     gpu: GpuDevice
+    budget: StagingBudget
     coder: BatchCoder
     sink_codec: SinkCodec
     sink_coder: EntropyCoder
@@ -138,7 +148,8 @@ class PendingBatch:
         """Return each tier block's stream or what is wrong with it; see `PendingEncode.streams`."""
         with self.gpu.active():
             # The only numbers that the host needs: one copy, which waits for the kernels.
-            numbers = torch.stack([self.status, *(part.escapes for part in self.encoded)]).cpu()
+            parts = [self.status, *(part.escapes for part in self.encoded)]
+            numbers = self.gpu.download(torch.stack(parts))
             spans = [
                 part.side.spans(part.sections, escapes)
                 for part, escapes in zip(self.encoded, numbers[1:].tolist(), strict=True)
@@ -162,7 +173,7 @@ class PendingBatch:
         try:
             sinks = self._sink_pieces(index)
         except EncodeRangeError as error:
-            return error
+            return error.with_traceback(None)
         pieces = []
         for part, span in zip(self.encoded, spans, strict=True):
             assert span is not None
@@ -181,7 +192,7 @@ class PendingBatch:
         found = self.sinks[index]
         if found is None:
             return []
-        keys, values = found[0].cpu(), found[1].cpu()
+        keys, values = self.gpu.download(torch.stack(found))
         pieces = []
         for layers in dict.fromkeys(part.layers for part in self.encoded):
             span = slice(layers.first, layers.stop)
@@ -233,7 +244,8 @@ class PendingBatch:
         start = 0
         for header, pieces, size in zip(self.headers, blocks, sizes, strict=True):
             if isinstance(pieces, list):
-                results.append(DeviceStream(self.gpu, header, pieces, image[start : start + size]))
+                own = image[start : start + size]
+                results.append(DeviceStream(self.gpu, header, pieces, own, self.batch))
             else:
                 results.append(
                     pieces
@@ -243,6 +255,9 @@ class PendingBatch:
                     )
                 )
             start += size
+        # Only the images are needed from here on.
+        self.payload, self.encoded, self.sinks = image.new_empty(0), (), ()
+        self.budget.shrink(self.batch, total)
         return results
 
 

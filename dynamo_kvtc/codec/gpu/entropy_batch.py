@@ -5,18 +5,21 @@ Planning is arithmetic on the host; all sizes are known before anything is launc
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dynamo_kvtc.codec.entropy import DEFLATE, MAX_DEFLATE_CHUNK_BYTES, EntropyCoder, HuffmanCoder, find_coder
+from dynamo_kvtc.codec.bitstream import Mapper
+from dynamo_kvtc.codec.entropy import MAX_DEFLATE_CHUNK_BYTES, EntropyCoder
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.header import Profile
-from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError
+from dynamo_kvtc.errors import MissingDependencyError, SizeLimitError
 
 __all__ = ["SLOT_ALIGNMENT", "BatchCoder", "CodedBatch", "HostBatchCoder", "Slots", "default_coder", "place"]
+
+_log = logging.getLogger(__name__)
 
 #: Bytes at whose multiples chunks begin in a batch; nvCOMP asks for no more.
 SLOT_ALIGNMENT = 16
@@ -39,6 +42,10 @@ class Slots:
     total: int
 
 
+def _up(size: int) -> int:
+    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
 def place(sizes: Sequence[int]) -> Slots:
     """Place chunks one after the other, each aligned.
 
@@ -54,7 +61,7 @@ def place(sizes: Sequence[int]) -> Slots:
                 f"a chunk of {size} bytes in a batch; 1 to {MAX_DEFLATE_CHUNK_BYTES} are coded"
             )
         offsets.append(total)
-        total += -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        total += _up(size)
     return Slots(tuple(offsets), tuple(sizes), total)
 
 
@@ -81,6 +88,13 @@ class BatchCoder(ABC):
     coder_id: int
     name: str
 
+    #: Whether `decode` inflates on the device. If not, the host inflates chunks before they are uploaded.
+    inflates = True
+
+    @abstractmethod
+    def encode_bytes(self, sizes: Sequence[int]) -> int:
+        """Return the bytes of device memory that `encode` takes for chunks of these plain sizes."""
+
     @abstractmethod
     def encode(self, plain: torch.Tensor, slots: Slots) -> CodedBatch:
         """Encode chunks; blocks the calling thread until the coded sizes are known.
@@ -91,11 +105,10 @@ class BatchCoder(ABC):
             uint8 on the device; chunks lie as `slots` say.
         """
 
-    @abstractmethod
     def decode(
         self, data: torch.Tensor, source: Slots, plain: torch.Tensor, target: Slots
     ) -> Callable[[], None]:
-        """Begin to decode chunks whose checksums have been verified.
+        """Begin to decode chunks whose checksums have been verified; only where `inflates` says so.
 
         Parameters
         ----------
@@ -110,64 +123,54 @@ class BatchCoder(ABC):
             To be called once the stream's work is done: raises `EntropyDecodeError` if a chunk did not
             decode to its size.
         """
+        raise NotImplementedError(f"{self.name} does not inflate on the device")
 
 
 class HostBatchCoder(BatchCoder):
-    """One chunk after the other on the CPU: for tests, and for coders that no GPU knows.
+    """The CPU's coder, in the interpreter and without nvCOMP: packed symbols cross to the host uncoded.
 
     Parameters
     ----------
     coder : EntropyCoder
         Does the work.
+    mapper : Mapper
+        Runs it, as `map` does; in several threads, if it may.
     """
 
-    def __init__(self, gpu: GpuDevice, coder: EntropyCoder) -> None:
-        self._gpu, self._coder = gpu, coder
+    inflates = False
+
+    def __init__(self, gpu: GpuDevice, coder: EntropyCoder, mapper: Mapper = map) -> None:
+        self._gpu, self._coder, self._map = gpu, coder, mapper
         self.coder_id, self.name = coder.coder_id, f"{coder.name} on the CPU"
+
+    def encode_bytes(self, sizes: Sequence[int]) -> int:
+        """Return the bytes of the coded chunks at their largest; see `BatchCoder.encode_bytes`."""
+        return sum(_up(self._coder.max_encoded_size(size)) for size in sizes)
 
     def encode(self, plain: torch.Tensor, slots: Slots) -> CodedBatch:
         """Encode chunks; see `BatchCoder.encode`."""
-        host = plain.cpu().numpy().data
-        coded = [
-            self._coder.encode(host[at : at + size])
-            for at, size in zip(slots.offsets, slots.sizes, strict=True)
-        ]
+        host = self._gpu.download(plain).numpy().data
+        pieces = [host[at : at + size] for at, size in zip(slots.offsets, slots.sizes, strict=True)]
+        coded = list(self._map(self._coder.encode, pieces))
         offsets, total = [], 0
         for chunk in coded:
             offsets.append(total)
-            total += -(-len(chunk) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+            total += _up(len(chunk))
         joined = bytearray(total)
         for at, chunk in zip(offsets, coded, strict=True):
             joined[at : at + len(chunk)] = chunk
         data = torch.frombuffer(joined, dtype=torch.uint8) if total else torch.empty(0, dtype=torch.uint8)
         return CodedBatch(self._gpu.upload(data), tuple(offsets), tuple(map(len, coded)))
 
-    def decode(
-        self, data: torch.Tensor, source: Slots, plain: torch.Tensor, target: Slots
-    ) -> Callable[[], None]:
-        """Decode chunks; see `BatchCoder.decode`."""
-        host = data.cpu().numpy().data
-        for at, size, to, plain_size in zip(
-            source.offsets, source.sizes, target.offsets, target.sizes, strict=True
-        ):
-            decoded = self._coder.decode(host[at : at + size], plain_size)
-            if len(decoded) != plain_size:
-                raise EntropyDecodeError(f"{self.name} returned {len(decoded)} of {plain_size} bytes")
-            chunk = torch.frombuffer(bytearray(decoded), dtype=torch.uint8)
-            plain[to : to + plain_size] = chunk.to(plain.device)
-        return lambda: None
 
-
-def default_coder(gpu: GpuDevice, profile: Profile) -> BatchCoder:
-    """Return the coder of DEFLATE chunks: nvCOMP's, or the CPU's in the interpreter.
-
-    Raises
-    ------
-    MissingDependencyError
-        If nvCOMP is needed and not installed.
-    """
+def default_coder(gpu: GpuDevice, coder: EntropyCoder, mapper: Mapper = map) -> BatchCoder:
+    """Return what codes chunks: nvCOMP; the CPU's `coder` where it is missing, and in the interpreter."""
     if gpu.is_interpreter:
-        return HostBatchCoder(gpu, HuffmanCoder() if profile is Profile.RD else find_coder(DEFLATE))
+        return HostBatchCoder(gpu, coder, mapper)
     from dynamo_kvtc.codec.gpu.nvcomp_deflate import NvcompDeflate
 
-    return NvcompDeflate(gpu)
+    try:
+        return NvcompDeflate(gpu)
+    except MissingDependencyError as error:
+        _log.warning("chunks are entropy-coded on the CPU, which is slower: %s", error)
+        return HostBatchCoder(gpu, coder, mapper)

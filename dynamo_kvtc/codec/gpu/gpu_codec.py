@@ -8,7 +8,7 @@ writes into the engine's blocks. Sizes, headers and checksums are the host's bus
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 
 import numpy as np
@@ -31,7 +31,13 @@ from dynamo_kvtc.codec.gpu.rotation import rotation_tables
 from dynamo_kvtc.codec.gpu.scattering import ScatterWork, run_positions, token_slots
 from dynamo_kvtc.codec.gpu.sections import Sections
 from dynamo_kvtc.codec.gpu.side import GpuSide
-from dynamo_kvtc.codec.gpu.staging import StagingBudget, decode_bytes_per_token, encode_bytes_per_token
+from dynamo_kvtc.codec.gpu.staging import (
+    StagingBudget,
+    decode_bytes,
+    decode_bytes_per_token,
+    encode_bytes,
+    encode_bytes_per_token,
+)
 from dynamo_kvtc.codec.gpu.weights import DeviceWeights
 from dynamo_kvtc.codec.header import Profile, SectionKind
 from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec
@@ -42,6 +48,9 @@ from dynamo_kvtc.errors import ArtifactMismatchError, BitstreamError, KvtcError,
 __all__ = ["GpuCodec"]
 
 _SIDES = (SectionKind.KEYS, SectionKind.VALUES)
+
+#: Descriptions of caches that are kept: an engine has one cache, of keys and values.
+_MOST_CACHES = 8
 
 
 class _Batch:
@@ -61,11 +70,11 @@ class GpuCodec(PagedCodec):
         Codes DEFLATE chunks; nvCOMP's by default, the CPU's in the interpreter.
     staging_bytes : int
         Device memory for what is in flight; see `dynamo_kvtc.codec.gpu.staging`.
+    block_tokens : int
+        Tokens of the tier blocks that the staging memory is planned for.
 
     Raises
     ------
-    MissingDependencyError
-        If nvCOMP is needed and not installed.
     LayoutError
         If heads have an odd number of channels.
     """
@@ -77,17 +86,18 @@ class GpuCodec(PagedCodec):
         *,
         coder: BatchCoder | None = None,
         staging_bytes: int = 1 << 30,
+        block_tokens: int = 256,
     ) -> None:
         self.host, self._gpu, self.device = host, gpu, gpu.device
         self.parameters, self.geometry, self.layer_groups = host.parameters, host.geometry, host.layer_groups
-        self._coder = coder or default_coder(gpu, host.parameters.profile)
+        self._coder = coder or default_coder(gpu, host.coder, host.mapper)
         self.budget = StagingBudget(staging_bytes)
         # Half of the budget: encoding and decoding, or two requests, go on side by side.
-        plans = host.parameters.ratios
-        takes_to_open = max(decode_bytes_per_token(host.parameters, plan_id) for plan_id in plans)
-        takes_to_encode = max(encode_bytes_per_token(host.parameters, plan_id) for plan_id in plans)
-        self.most_open_tokens = staging_bytes // 2 // takes_to_open
-        self.most_encode_tokens = staging_bytes // 2 // takes_to_encode
+        each = [max(taken) for taken in zip(*self._token_bytes(block_tokens), strict=True)]
+        self.most_open_tokens, self.most_encode_tokens = (staging_bytes // 2 // taken for taken in each)
+        #: Bytes of staging memory that a token takes while it is encoded or decoded, whichever is more.
+        self.token_bytes = max(each)
+        self._caches: dict[tuple[object, ...], PagedSide] = {}
         self._pairs = channel_pairs(self.parameters.rope, self.geometry.head_size)
         self._channels = gpu.upload(self._pairs)
         self._in_order = torch.equal(self._pairs.flatten(), torch.arange(self.geometry.head_size))
@@ -109,6 +119,19 @@ class GpuCodec(PagedCodec):
         other = copy(self)
         other.host = codec
         return other
+
+    def _token_bytes(self, block_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield what a token takes while it is opened and encoded, for each plan."""
+        for plan_id in self.parameters.ratios:
+            yield (
+                decode_bytes_per_token(self.parameters, plan_id, block_tokens=block_tokens),
+                encode_bytes_per_token(
+                    self.parameters,
+                    plan_id,
+                    block_tokens=block_tokens,
+                    coder_bytes=self._coder.encode_bytes,
+                ),
+            )
 
     # --- sizes and headers: the host's -----------------------------------------------------------
 
@@ -183,8 +206,8 @@ class GpuCodec(PagedCodec):
         block_size = caches[0].block_size
         slots = [token_slots(block.block_ids, block_size)[: block.num_tokens] for block in blocks]
         batch = _Batch()
-        self.budget.take(encode_bytes_per_token(self.parameters, plan_id) * sum(coded), batch)
-        with gpu.active():
+        needed = encode_bytes(self.parameters, plan_id, coded, self._coder.encode_bytes)
+        with self.budget.taken_by(batch, needed), gpu.active():
             gpu.after_engine(after)
             place = gpu.upload(
                 torch.cat([own[block.sink_tokens :] for own, block in zip(slots, blocks, strict=True)])
@@ -195,7 +218,7 @@ class GpuCodec(PagedCodec):
             first = [block.first_position + block.sink_tokens for block in blocks]
             positions = gpu.upload(run_positions(first, coded))
             with gpu.stage("gather"):
-                unrotate = rotation_tables(rope, positions, geometry.head_size, inverse=True)
+                unrotate = rotation_tables(gpu, rope, positions, geometry.head_size, inverse=True)
             status = torch.zeros(len(blocks), dtype=torch.int32, device=self.device)
             sides, sections, total = [], [], 0
             for group in range(len(self.layer_groups)):
@@ -207,12 +230,14 @@ class GpuCodec(PagedCodec):
                     sides.append(side)
                     sections.append(Sections.make(gpu, coded, offsets))
             payload = torch.empty(total, dtype=torch.uint8, device=self.device)
+            # One buffer for the rows of every side, one after the other.
+            widest = max(layers.count for layers in self.layer_groups) * geometry.layer_size
+            buffer = torch.empty(sum(coded) * widest, dtype=torch.bfloat16, device=self.device)
             encoded = []
             for index, (side, section) in enumerate(zip(sides, sections, strict=True)):
                 layers, kind = self.layer_groups[index // 2], _SIDES[index % 2]
-                rows = torch.empty(
-                    (sum(coded), layers.count * geometry.layer_size), dtype=torch.bfloat16, device=self.device
-                )
+                row = layers.count * geometry.layer_size
+                rows = buffer[: sum(coded) * row].view(sum(coded), row)
                 with gpu.stage("gather"):
                     sums = gather_rows(
                         gpu, caches[index % 2].layers(layers.first, layers.stop), place, owners, status,
@@ -230,6 +255,7 @@ class GpuCodec(PagedCodec):
                 encoded.append(EncodedSection(layers, kind, side, section, escapes))
         return PendingBatch(
             gpu,
+            self.budget,
             self._coder,
             SinkCodec(geometry, self.host.sink_bits),
             self.host.coder,
@@ -292,25 +318,26 @@ class GpuCodec(PagedCodec):
             return self._open_batch(groups, group, plan_id)
         except BitstreamError as error:
             if len(groups) == 1:
-                return [error]
-            return [self._open_all([one], group, plan_id)[0] for one in groups]
+                # Its frames hold tensors of the batch, and an error may be kept for long.
+                return [error.with_traceback(None)]
+        return [self._open_all([one], group, plan_id)[0] for one in groups]
 
     def _open_batch(
         self, groups: Sequence[StoredGroup], group: int, plan_id: int
     ) -> list[DeviceGroup | KvtcError]:
         gpu, geometry, layers = self._gpu, self.geometry, self.layer_groups[group]
-        plan = plan_inflate(groups, self._coder.coder_id)
+        plan = plan_inflate(groups, self._coder.coder_id if self._coder.inflates else None)
         coded = [stored.header.num_tokens - stored.header.sink_tokens for stored in groups]
         batch = _Batch()
-        self.budget.take(decode_bytes_per_token(self.parameters, plan_id) * sum(coded), batch)
+        needed = decode_bytes(self.parameters, plan_id, group, coded, plan.total_bytes)
         sinks = [
             SinkCodec(geometry, stored.header.sink_bits).decode(
                 np.frombuffer(sink_payload(stored), dtype=np.uint8), layers.count, stored.header.sink_tokens
             )
             for stored in groups
         ]
-        with gpu.active():
-            payload, check = inflate(gpu, self._coder, groups, plan)
+        with self.budget.taken_by(batch, needed), gpu.active():
+            payload, check = inflate(gpu, self._coder, groups, plan, self.host.mapper)
             faults = torch.zeros(len(groups), dtype=torch.int32, device=self.device)
             coefficients = []
             for kind in _SIDES:
@@ -319,7 +346,7 @@ class GpuCodec(PagedCodec):
                 with gpu.stage("unpack, dequantise"):
                     coefficients.append(side.decode(payload, coded, offsets, sizes, faults))
             # Waits for the batch, in the thread that opens it.
-            found = faults.tolist()
+            found = gpu.download(faults).tolist()
             check()
             results: list[DeviceGroup | KvtcError] = []
             first = 0
@@ -399,6 +426,10 @@ class GpuCodec(PagedCodec):
         """Describe the cache's keys or values, and check that they are the codec's."""
         geometry = self.geometry
         first = views[0]
+        key = (*(view.data_ptr() for view in views), *first.shape, *first.stride(), first.dtype)
+        known = self._caches.get(key)
+        if known is not None:
+            return known
         shape = (geometry.num_kv_heads, geometry.head_size)
         if len(views) != geometry.num_layers or tuple(first.shape[2:]) != shape:
             raise LayoutError(
@@ -410,7 +441,11 @@ class GpuCodec(PagedCodec):
                 f"a cache of {first.dtype} on {first.device}; the codec serves {geometry.torch_dtype} on "
                 f"{self.device}"
             )
-        return PagedSide.of(views, self._channels, in_order=self._in_order)
+        with self._gpu.active():
+            side = PagedSide.of(views, self._channels, in_order=self._in_order)
+        if len(self._caches) < _MOST_CACHES:
+            self._caches[key] = side
+        return side
 
     def _side(self, group: int, kind: SectionKind, plan_id: int) -> GpuSide:
         key = (group, kind, plan_id)

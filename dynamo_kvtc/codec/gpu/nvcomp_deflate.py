@@ -8,7 +8,7 @@ verified before a chunk comes here. Its ANS is not used: those streams change be
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,10 @@ class NvcompDeflate(BatchCoder):
 
     def _batch(self, buffer: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Any:
         return self._nvcomp.as_arrays(buffer, list(offsets), list(sizes), cuda_stream=self._cuda_stream)
+
+    def encode_bytes(self, sizes: Sequence[int]) -> int:
+        """Return the bytes of the slots, each as large as the largest chunk may become."""
+        return self._stride * len(sizes)
 
     def encode(self, plain: torch.Tensor, slots: Slots) -> CodedBatch:
         """Encode chunks; see `BatchCoder.encode`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import xxhash
 
-from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.bitstream import Mapper, StreamHeader
 from dynamo_kvtc.codec.entropy import STORE, Buffer, find_coder
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.entropy_batch import SLOT_ALIGNMENT, BatchCoder, Slots
@@ -122,8 +122,12 @@ class InflatePlan:
         Size of that buffer.
     from_plain, from_stored : list[tuple[int, int, int]]
         Copies into the payload buffer: from the slots, and of chunks that are stored as they are.
-    by_host : list[tuple[StoredGroup, Chunk, int]]
-        Chunks of coders that the device does not know, and where their plain bytes go.
+    by_host : list[tuple[StoredGroup, Chunk]]
+        Chunks that the host inflates.
+    from_host : list[tuple[int, int, int]]
+        Copies of these into the payload buffer, from the buffer that they are uploaded in.
+    host_bytes : int
+        Size of that buffer.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -137,20 +141,28 @@ class InflatePlan:
     plain_bytes: int = 0
     from_plain: list[tuple[int, int, int]] = field(default_factory=list)
     from_stored: list[tuple[int, int, int]] = field(default_factory=list)
-    by_host: list[tuple[StoredGroup, Chunk, int]] = field(default_factory=list)
+    by_host: list[tuple[StoredGroup, Chunk]] = field(default_factory=list)
+    from_host: list[tuple[int, int, int]] = field(default_factory=list)
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all three buffers."""
-        return self.stored_bytes + self.plain_bytes + self.payload_bytes
+        """Bytes of all four buffers."""
+        return self.stored_bytes + self.plain_bytes + self.payload_bytes + self.host_bytes
 
 
 def _up(size: int) -> int:
     return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def plan_inflate(groups: Sequence[StoredGroup], coder_id: int) -> InflatePlan:
-    """Lay out a batch whose chunks of `coder_id` are inflated on the device; sizes come from the headers."""
+def plan_inflate(groups: Sequence[StoredGroup], coder_id: int | None) -> InflatePlan:
+    """Lay out a batch; sizes come from the headers.
+
+    Parameters
+    ----------
+    coder_id : int, optional
+        What the device inflates; None if the host inflates everything.
+    """
     plan = InflatePlan()
     for stored in groups:
         base = stored.header.group_span(stored.group)[0]
@@ -167,7 +179,9 @@ def plan_inflate(groups: Sequence[StoredGroup], coder_id: int) -> InflatePlan:
                     plan.from_plain.append((plan.plain_bytes, to, size))
                     plan.plain_bytes += _up(size)
                 else:
-                    plan.by_host.append((stored, chunk, to))
+                    plan.by_host.append((stored, chunk))
+                    plan.from_host.append((plan.host_bytes, to, size))
+                    plan.host_bytes += _up(size)
                 plan.payload_bytes += size
             plan.sections[kind].append((begin, plan.payload_bytes - begin))
             plan.payload_bytes = _up(plan.payload_bytes)
@@ -176,9 +190,18 @@ def plan_inflate(groups: Sequence[StoredGroup], coder_id: int) -> InflatePlan:
 
 
 def inflate(
-    gpu: GpuDevice, coder: BatchCoder, groups: Sequence[StoredGroup], plan: InflatePlan
+    gpu: GpuDevice,
+    coder: BatchCoder,
+    groups: Sequence[StoredGroup],
+    plan: InflatePlan,
+    mapper: Mapper = map,
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """Upload a batch and begin to inflate it; to be called on the device's stream.
+
+    Parameters
+    ----------
+    mapper : Mapper
+        Runs what the host inflates.
 
     Returns
     -------
@@ -187,22 +210,34 @@ def inflate(
         `EntropyDecodeError` if a chunk did not decode to its size.
     """
     device = gpu.device
-    with gpu.stage("copy to device"):
-        parts = [as_tensor(stored.payload) for stored in groups]
-        data = gpu.upload_all(parts, plan.starts, plan.stored_bytes)
-    slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
-    with gpu.stage("inflate"):
-        check = coder.decode(
-            data, _slots(plan.source, plan.stored_bytes), slots, _slots(plan.plain, plan.plain_bytes)
-        )
     payload = torch.empty(plan.payload_bytes, dtype=torch.uint8, device=device)
-    with gpu.stage("unpack, dequantise"):
-        copy_ranges(gpu, slots, payload, plan.from_plain)
-        copy_ranges(gpu, data, payload, plan.from_stored)
-    for stored, chunk, to in plan.by_host:
-        plain = as_tensor(bytes(_plain(stored, chunk)))
-        payload[to : to + chunk.plain_size] = gpu.upload(plain)
+    check: Callable[[], None] = _sound
+    if plan.source or plan.from_stored:
+        with gpu.stage("copy to device"):
+            parts = [as_tensor(stored.payload) for stored in groups]
+            data = gpu.upload_all(parts, plan.starts, plan.stored_bytes)
+        with gpu.stage("unpack, dequantise"):
+            copy_ranges(gpu, data, payload, plan.from_stored)
+    if plan.source:
+        slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
+        with gpu.stage("inflate"):
+            check = coder.decode(
+                data, _slots(plan.source, plan.stored_bytes), slots, _slots(plan.plain, plan.plain_bytes)
+            )
+        with gpu.stage("unpack, dequantise"):
+            copy_ranges(gpu, slots, payload, plan.from_plain)
+    if plan.by_host:
+        host = torch.zeros(plan.host_bytes, dtype=torch.uint8, pin_memory=gpu.stream is not None)
+        inflated = mapper(lambda one: _plain(*one), plan.by_host)
+        for plain, (at, _, size) in zip(inflated, plan.from_host, strict=True):
+            host[at : at + size] = as_tensor(plain)
+        with gpu.stage("copy to device"):
+            copy_ranges(gpu, gpu.upload(host), payload, plan.from_host)
     return payload, check
+
+
+def _sound() -> None:
+    """Check nothing: there was nothing to inflate on the device, or the host has checked it."""
 
 
 def _slots(ranges: Sequence[tuple[int, int]], total: int) -> Slots:

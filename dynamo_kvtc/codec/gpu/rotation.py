@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.rope import RopeParameters
 
 __all__ = ["rotation_tables"]
 
 
 def rotation_tables(
-    rope: RopeParameters, positions: torch.Tensor, head_size: int, *, inverse: bool
+    gpu: GpuDevice, rope: RopeParameters, positions: torch.Tensor, head_size: int, *, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines, float32 ``[tokens, head_size / 2]``, of int64 positions ``[tokens]``."""
-    angles = positions.to(torch.float64)[:, None] * rope.inv_freq().to(positions.device)[None, :]
+    angles = positions.to(torch.float64)[:, None] * gpu.upload(rope.inv_freq())[None, :]
     scale = rope.attention_scaling()
     cos, sin = (angles.cos() * scale).float(), (angles.sin() * scale).float()
     if inverse:

@@ -67,7 +67,7 @@ class ScatterWork:
         counts = [segment.coded for segment in part.segments]
         head_size = int(part.segments[0].sink_keys.shape[-1])
         positions = gpu.upload(run_positions(first, counts))
-        self._rotation = rotation_tables(rope, positions, head_size, inverse=False)
+        self._rotation = rotation_tables(gpu, rope, positions, head_size, inverse=False)
         self._slots = gpu.upload(torch.cat(coded))
 
     def tiles(self, side: PagedSide) -> int:

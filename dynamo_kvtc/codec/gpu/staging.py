@@ -1,4 +1,4 @@
-"""Device memory for what is in flight: how much a token takes, and a fixed budget that bounds the sum.
+"""Device memory for what is in flight: how much a batch takes, and a fixed budget that bounds the sum.
 
 The memory itself comes from torch's caching allocator, which knows streams; a batch takes its bytes from the
 budget before it allocates, and waits within a deadline where others hold them.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from dynamo_kvtc.codec.gpu.weights import padded_components, stored_components
-from dynamo_kvtc.codec.header import Profile
+from dynamo_kvtc.codec.header import align, header_size
 from dynamo_kvtc.codec.packing import SectionLayout
 from dynamo_kvtc.codec.parameters import AnyParameters
 from dynamo_kvtc.codec.plan import BitPlan
@@ -20,57 +22,121 @@ from dynamo_kvtc.codec.quantiser import PlanQuantiser
 from dynamo_kvtc.codec.rd_packing import RdLayout
 from dynamo_kvtc.errors import LayoutError, TransferTimeoutError
 
-__all__ = ["StagingBudget", "decode_bytes_per_token", "encode_bytes_per_token"]
+__all__ = [
+    "StagingBudget",
+    "decode_bytes",
+    "decode_bytes_per_token",
+    "encode_bytes",
+    "encode_bytes_per_token",
+]
 
-#: Tokens by which sizes per token are taken: sizes round up to whole bytes per component.
+#: Tokens of the tier blocks by which sizes per token are taken, unless told.
 _TOKENS = 256
 
+#: Bytes of a token's cosines and sines, with what making them takes, by channel of a head: float64 angles,
+#: float32 cosines and sines before and after padding, half as many as channels each.
+_ROTATION_BYTES = 24
 
-def _payload_bytes(side: Any, plan_id: int) -> int:
+#: Bytes of a token's place, owner, position, importance, scale and level.
+_INDEX_BYTES = 48
+
+
+def _plan(side: Any, plan_id: int) -> RdLayout | SectionLayout:
     plan = side.plans[plan_id]
-    if isinstance(plan, BitPlan):
-        return SectionLayout.of(PlanQuantiser(plan)).payload_size(_TOKENS)
-    return RdLayout(plan.counts).payload_bounds(_TOKENS)[1]
+    return SectionLayout.of(PlanQuantiser(plan)) if isinstance(plan, BitPlan) else RdLayout(plan.counts)
 
 
-def _stored(side: Any, plan_id: int) -> int:
-    return stored_components(side, plan_id).numel()
+def _section(layout: RdLayout | SectionLayout, tokens: int) -> tuple[int, list[int]]:
+    """Return the bytes of the largest payload, and its chunks."""
+    if isinstance(layout, RdLayout):
+        return layout.payload_bounds(tokens)[1], [sum(runs) for runs in layout.max_chunks(tokens)]
+    return layout.payload_size(tokens), list(layout.chunk_sizes(tokens))
 
 
-def encode_bytes_per_token(parameters: AnyParameters, plan_id: int) -> int:
-    """Return the bytes of device memory that a token takes while it is encoded.
+def _aligned(sizes: Sequence[int]) -> int:
+    return sum(map(align, sizes))
 
-    Centred rows in bfloat16 and what leaves the product unpacked (float32 coefficients with kvtc, a byte for
-    each ternary symbol with rd) of the side in work; payloads, their aligned copy, coded chunks and the
-    stream image of all sides; rotation tables; importance sums.
+
+def encode_bytes(
+    parameters: AnyParameters,
+    plan_id: int,
+    counts: Sequence[int],
+    coder_bytes: Callable[[Sequence[int]], int] = _aligned,
+) -> int:
+    """Return the bytes of device memory that a batch takes while it is encoded.
+
+    Of the side in work: centred rows in bfloat16, what leaves the product unpacked (float32 coefficients with
+    kvtc, a byte for each ternary symbol with rd), importance sums, lists of escapes. Of all sides: payloads,
+    their copy in aligned slots, the coder's slots, the image of the streams. Rotation tables and indices.
+
+    Parameters
+    ----------
+    counts : Sequence[int]
+        Coded tokens of each tier block.
+    coder_bytes : Callable
+        `BatchCoder.encode_bytes`: of chunks of given sizes. A coder's own scratch memory is not known and not
+        counted.
     """
     sides = [side for group in parameters.groups for side in (group.keys, group.values)]
-    rows = max(2 * side.mean.numel() for side in sides)
-    if parameters.profile is Profile.RD:
-        unpacked = max(int(side.plans[plan_id].counts[3]) for side in sides)
-        sums = max(4 * side.mean.numel() // parameters.geometry.head_size for side in sides)
-    else:
-        unpacked, sums = max(4 * _stored(side, plan_id) for side in sides), 0
-    payloads = sum(_payload_bytes(side, plan_id) for side in sides)
-    return int(rows + unpacked + sums) + -(-4 * payloads // _TOKENS) + 8 * parameters.geometry.head_size
+    layouts = [_plan(side, plan_id) for side in sides]
+    geometry, work = parameters.geometry, 0
+    for side, layout in zip(sides, layouts, strict=True):
+        row = side.mean.numel()
+        if isinstance(layout, RdLayout):
+            unpacked, sums = layout.counts[3], 4 * row // geometry.head_size
+            lists = 8 * len(counts) * max(map(layout.max_escapes, counts))
+        else:
+            unpacked, sums, lists = 4 * stored_components(side, plan_id).numel(), 0, 0
+        work = max(work, (2 * row + unpacked + sums) * sum(counts) + lists)
+    payloads, chunks, headers = 0, [], 0
+    for tokens in counts:
+        sections = [_section(layout, tokens) for layout in layouts]
+        payloads += sum(size for size, _ in sections)
+        own = [size for _, sizes in sections for size in sizes]
+        headers += header_size(len(own) + 2 * len(sections))
+        chunks += own
+    fixed = (_ROTATION_BYTES * geometry.head_size + _INDEX_BYTES) * sum(counts)
+    return work + payloads + 2 * _aligned(chunks) + coder_bytes(chunks) + headers + fixed
 
 
-def decode_bytes_per_token(parameters: AnyParameters, plan_id: int) -> int:
-    """Return the bytes of device memory that a token takes while one layer group of it is decoded.
+def decode_bytes(
+    parameters: AnyParameters, plan_id: int, group: int, counts: Sequence[int], inflate_bytes: int
+) -> int:
+    """Return the bytes of device memory that one layer group of a batch takes while it is decoded.
 
-    Stored chunks, inflated ones and the payload (each at most the payload's size), coefficients in bfloat16
-    of both sides, rotation tables; of the largest group.
+    Parameters
+    ----------
+    counts : Sequence[int]
+        Coded tokens of each tier block.
+    inflate_bytes : int
+        Stored chunks, inflated ones and payloads: `InflatePlan.total_bytes`. nvCOMP's own scratch memory is
+        not known and not counted.
     """
+    sides = (parameters.groups[group].keys, parameters.groups[group].values)
+    stored = sum(padded_components(stored_components(side, plan_id).numel()) for side in sides)
+    token = 2 * stored + _ROTATION_BYTES * parameters.geometry.head_size + _INDEX_BYTES
+    return inflate_bytes + token * sum(counts)
+
+
+def encode_bytes_per_token(
+    parameters: AnyParameters,
+    plan_id: int,
+    *,
+    block_tokens: int = _TOKENS,
+    coder_bytes: Callable[[Sequence[int]], int] = _aligned,
+) -> int:
+    """Return `encode_bytes` of one tier block, by token, rounded up."""
+    return -(-encode_bytes(parameters, plan_id, [block_tokens], coder_bytes) // block_tokens)
+
+
+def decode_bytes_per_token(parameters: AnyParameters, plan_id: int, *, block_tokens: int = _TOKENS) -> int:
+    """Return `decode_bytes` of the largest group of a tier block that did not shrink, by token."""
     most = 0
-    for group in parameters.groups:
-        sides = (group.keys, group.values)
-        payloads = sum(_payload_bytes(side, plan_id) for side in sides)
-        most = max(most, -(-3 * payloads // _TOKENS) + _coefficients(sides, plan_id))
-    return most + 4 * parameters.geometry.head_size
-
-
-def _coefficients(sides: tuple[Any, ...], plan_id: int) -> int:
-    return sum(2 * padded_components(_stored(side, plan_id)) for side in sides)
+    for group, sides in enumerate(parameters.groups):
+        sections = [_section(_plan(side, plan_id), block_tokens) for side in (sides.keys, sides.values)]
+        inflated = sum(2 * _aligned(sizes) + align(payload) for payload, sizes in sections)
+        most = max(most, decode_bytes(parameters, plan_id, group, [block_tokens], inflated))
+    return -(-most // block_tokens)
 
 
 class StagingBudget:
@@ -88,12 +154,24 @@ class StagingBudget:
         self.nbytes = nbytes
         self._timeout_s = timeout_s
         self._taken = 0
-        self._changed = threading.Condition()
+        self._held: dict[int, int] = {}
+        # Garbage collection may run a finalizer in a thread that holds the lock.
+        self._changed = threading.Condition(threading.RLock())
 
     @property
     def taken(self) -> int:
         """Bytes that batches hold."""
         return self._taken
+
+    @contextmanager
+    def taken_by(self, owner: object, nbytes: int) -> Iterator[None]:
+        """Take bytes as `take` does, and give them back at once if the block fails."""
+        self.take(nbytes, owner)
+        try:
+            yield
+        except BaseException:
+            self.shrink(owner, 0)
+            raise
 
     def take(self, nbytes: int, owner: object) -> None:
         """Take bytes until `owner` is no longer referenced; blocks the thread while others hold them.
@@ -108,7 +186,7 @@ class StagingBudget:
         if nbytes > self.nbytes:
             raise LayoutError(
                 f"a batch takes {nbytes} bytes of device memory, the GPU codec may use {self.nbytes}: raise "
-                "the codec's staging_bytes, or encode fewer at once"
+                "codec.gpu.memory, or lower policy.tier_block_tokens"
             )
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
@@ -120,9 +198,18 @@ class StagingBudget:
                         f"({self._taken} of {self.nbytes} are in use)"
                     )
             self._taken += nbytes
-        weakref.finalize(owner, self._give_back, nbytes)
+            self._held[id(owner)] = nbytes
+        weakref.finalize(owner, self._shrink, id(owner), 0)
 
-    def _give_back(self, nbytes: int) -> None:
+    def shrink(self, owner: object, nbytes: int) -> None:
+        """Give back all but `nbytes` of what an owner holds."""
+        self._shrink(id(owner), nbytes)
+
+    def _shrink(self, owner: int, nbytes: int) -> None:
         with self._changed:
-            self._taken -= nbytes
+            held = self._held.pop(owner, 0)
+            left = min(held, nbytes)
+            self._taken -= held - left
+            if left:
+                self._held[owner] = left
             self._changed.notify_all()
