@@ -124,7 +124,8 @@ async def open_adapter(
                 )
             )
         )
-        staging = await StagingPool.create(agent, config.transfer.staging)
+        on_cuda = device_codec is not None and device_codec.device.type == "cuda"
+        staging = await StagingPool.create(agent, config.transfer.staging, pinned=on_cuda)
         opened.push_async_callback(staging.close)
         tiers: list[Tier] = []
         for index, tier_config in enumerate(config.tiers):

@@ -29,7 +29,10 @@ from dynamo_kvtc.errors import KvtcError
 from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 
-__all__ = ["Boundaries", "Boundary", "DeviceBoundary", "HostBoundary"]
+__all__ = ["Boundaries", "Boundary", "DeviceBoundary", "Fence", "HostBoundary"]
+
+#: A point in the engine's work.
+Fence = torch.cuda.Event
 
 
 class Boundary(ABC):
@@ -49,8 +52,16 @@ class Boundary(ABC):
     most_open_tokens: int | None = None
 
     @abstractmethod
-    def begin_encode(self, cache: PagedKvCache, blocks: Sequence[PagedBlock]) -> PendingEncode:
-        """Begin to encode tier blocks; called by one thread at a time."""
+    def begin_encode(
+        self, cache: PagedKvCache, blocks: Sequence[PagedBlock], after: Fence | None = None
+    ) -> PendingEncode:
+        """Begin to encode tier blocks; called by one thread at a time.
+
+        Parameters
+        ----------
+        after : Fence, optional
+            What the engine asked of its device before it handed over the blocks: `PagedKvCache.fenced` then.
+        """
 
     @abstractmethod
     def open_groups(
@@ -64,9 +75,14 @@ class Boundary(ABC):
 
     @abstractmethod
     def scatter(
-        self, parts: Sequence[Any], layers: LayerRange, cache: PagedKvCache, block_ids: Sequence[int]
+        self,
+        parts: Sequence[Any],
+        layers: LayerRange,
+        cache: PagedKvCache,
+        block_ids: Sequence[int],
+        after: Fence | None = None,
     ) -> list[Completion]:
-        """Decode layers into the engine's blocks; see `PagedCodec.scatter`."""
+        """Decode layers into the engine's blocks behind `after`; see `PagedCodec.scatter`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +130,10 @@ class HostBoundary(Boundary):
     def __init__(self, codec: KvCodec, guarded: GuardedEncoder | None = None) -> None:
         self._codec, self._encoder = codec, guarded or codec
 
-    def begin_encode(self, cache: PagedKvCache, blocks: Sequence[PagedBlock]) -> PendingEncode:
-        """Copy tier blocks out of the cache; see `Boundary.begin_encode`."""
+    def begin_encode(
+        self, cache: PagedKvCache, blocks: Sequence[PagedBlock], after: Fence | None = None
+    ) -> PendingEncode:
+        """Copy tier blocks out of the cache, which knows its fence; see `Boundary.begin_encode`."""
         keys, values = cache.gather([one for block in blocks for one in block.block_ids])
         return _HostEncode(self._encoder, cut_blocks(keys, values, blocks))
 
@@ -136,7 +154,12 @@ class HostBoundary(Boundary):
         return self._codec.join(parts)
 
     def scatter(
-        self, parts: Sequence[Any], layers: LayerRange, cache: PagedKvCache, block_ids: Sequence[int]
+        self,
+        parts: Sequence[Any],
+        layers: LayerRange,
+        cache: PagedKvCache,
+        block_ids: Sequence[int],
+        after: Fence | None = None,
     ) -> list[Completion]:
         """Decode layers and copy them in; they are in place when it returns."""
         for layer in range(layers.first, layers.stop):
@@ -170,7 +193,7 @@ class _GuardedPending:
 
 
 class DeviceBoundary(Boundary):
-    """A codec that works in the engine's blocks, behind the engine's work (`PagedKvCache.fence`).
+    """A codec that works in the engine's blocks, ordered behind the engine's work by its fences.
 
     Parameters
     ----------
@@ -187,17 +210,19 @@ class DeviceBoundary(Boundary):
         self.most_encode_tokens = codec.most_encode_tokens
         self.most_open_tokens = codec.most_open_tokens
 
-    def begin_encode(self, cache: PagedKvCache, blocks: Sequence[PagedBlock]) -> PendingEncode:
+    def begin_encode(
+        self, cache: PagedKvCache, blocks: Sequence[PagedBlock], after: Fence | None = None
+    ) -> PendingEncode:
         """Launch the encoding of tier blocks; see `Boundary.begin_encode`."""
         keys, values = cache.views
         if self._guarded is None:
-            return self._codec.begin_encode(keys, values, blocks, after=cache.fenced)
+            return self._codec.begin_encode(keys, values, blocks, after=after)
         codec = self._codec.with_plan_of(self._guarded.current.codec)
         chosen = [index for index in range(len(blocks)) if self._guarded.guard.samples_next()]
         copies = {
             index: cut_blocks(*cache.gather(blocks[index].block_ids), [blocks[index]])[0] for index in chosen
         }
-        pending = codec.begin_encode(keys, values, blocks, after=cache.fenced)
+        pending = codec.begin_encode(keys, values, blocks, after=after)
         return _GuardedPending(pending, self._guarded, codec, copies)
 
     def open_groups(
@@ -211,11 +236,16 @@ class DeviceBoundary(Boundary):
         return self._codec.join(parts)
 
     def scatter(
-        self, parts: Sequence[Any], layers: LayerRange, cache: PagedKvCache, block_ids: Sequence[int]
+        self,
+        parts: Sequence[Any],
+        layers: LayerRange,
+        cache: PagedKvCache,
+        block_ids: Sequence[int],
+        after: Fence | None = None,
     ) -> list[Completion]:
         """Launch the decoding of layers into the engine's blocks."""
         keys, values = cache.views
-        return self._codec.scatter(parts, layers, keys, values, block_ids, after=cache.fenced)
+        return self._codec.scatter(parts, layers, keys, values, block_ids, after=after)
 
 
 class Boundaries:

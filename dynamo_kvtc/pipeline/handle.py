@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from dynamo_kvtc.codec.paged_codec import REACHED, Completion
 from dynamo_kvtc.errors import OnboardError
 from dynamo_kvtc.pipeline.timeline import Timeline
 
@@ -20,20 +23,31 @@ class OnboardHandle:
         self.num_tokens = num_tokens
         self.timeline = Timeline()
         self._layers: list[asyncio.Future[None]] = [loop.create_future() for _ in range(num_layers)]
+        self._launched: list[asyncio.Future[Completion]] = [loop.create_future() for _ in range(num_layers)]
         self._whole: asyncio.Future[None] = loop.create_future()
         self._task: asyncio.Task[None] | None = None
-        for future in (*self._layers, self._whole):
+        futures: list[asyncio.Future[Any]] = [*self._layers, *self._launched, self._whole]
+        for future in futures:
             future.add_done_callback(_retrieve)
 
-    async def layer(self, layer: int) -> None:
+    async def layer(self, layer: int, stream: torch.cuda.Stream | None = None) -> None:
         """Wait until this layer's KV is in place for every token of the request.
+
+        Parameters
+        ----------
+        stream : torch.cuda.Stream, optional
+            Whoever reads the KV in what this stream does later waits there instead: it is enough that the
+            layer's decoding has been launched.
 
         Raises
         ------
         OnboardError
             If it never will be; the error says which tokens to recompute.
         """
-        await asyncio.shield(self._layers[layer])
+        if stream is None:
+            await asyncio.shield(self._layers[layer])
+        else:
+            (await asyncio.shield(self._launched[layer])).order(stream)
 
     async def wait(self) -> None:
         """Wait until every layer is in place. Raises `OnboardError` as `layer` does."""
@@ -59,10 +73,14 @@ class OnboardHandle:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def _mark_layer(self, layer: int) -> None:
-        self.timeline.mark_layer(layer)
-        if not self._layers[layer].done():
-            self._layers[layer].set_result(None)
+    def _mark_layer(self, layer: int, launched: Completion | None) -> None:
+        """Tell that a layer is in place, or that it will be when `launched` is reached."""
+        if not self._launched[layer].done():
+            self._launched[layer].set_result(launched or REACHED)
+        if launched is None:
+            self.timeline.mark_layer(layer)
+            if not self._layers[layer].done():
+                self._layers[layer].set_result(None)
 
     def _finish(self, error: OnboardError | None) -> None:
         for future in (*self._layers, self._whole):
@@ -71,6 +89,12 @@ class OnboardHandle:
                     future.set_result(None)
                 else:
                     future.set_exception(error)
+        for launched in self._launched:
+            if not launched.done():
+                if error is None:
+                    launched.set_result(REACHED)
+                else:
+                    launched.set_exception(error)
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:

@@ -28,7 +28,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.observability import Counters, DropReason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
-from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary
+from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary, Fence
 from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
@@ -123,6 +123,7 @@ class _Job:
     ref: TierBlockRef
     source: PagedKvCache
     ticket: OffloadTicket
+    after: Fence | None
 
 
 @dataclass(slots=True)
@@ -204,7 +205,7 @@ class Offloader:
         ticket.result.dropped = len(wanted) - len(accepted)
         if ticket.result.dropped:
             self._counters.dropped("closed" if self._closed else "queue_full", ticket.result.dropped)
-        self._queue.extend(_Job(ref, source, ticket) for ref in accepted)
+        self._queue.extend(_Job(ref, source, ticket, source.fenced) for ref in accepted)
         self._keys.update(ref.key for ref in accepted)
         self._in_work = [held for held in self._in_work if not held.is_finished()]
         if accepted:
@@ -319,7 +320,8 @@ class Offloader:
             )
             for job in jobs
         ]
-        pending = boundary.begin_encode(jobs[0].source, blocks)
+        # Fences are points of one stream: the last stands for the others.
+        pending = boundary.begin_encode(jobs[0].source, blocks, jobs[-1].after)
         pending.gathered.wait()
         return pending
 

@@ -146,6 +146,7 @@ class _Request:
         self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
         self._settings, self._speeds = owner._settings, owner.speeds
         self._boundary = owner._boundaries.of(destination)
+        self._after = destination.fenced
         self._landing = Landing(owner._executor)
         self._refs, self._destination, self._handle = refs, destination, handle
         self._timeline = handle.timeline
@@ -370,14 +371,17 @@ class _Request:
                 return []
             unit, count = opened[0].unit, sum(item.unit.count for item in opened)
             with self._timed("project", unit.group, unit.first, count):
-                return self._boundary.scatter(parts, some, self._destination, block_ids)
+                return self._boundary.scatter(parts, some, self._destination, block_ids, self._after)
 
-        def mark(layer: int) -> None:
+        def mark(layer: int, launched: Completion | None = None) -> None:
             if last and self._sound == len(self._refs):
-                self._handle._mark_layer(layer)
+                self._handle._mark_layer(layer, launched)
 
         if self._boundary.launches:
-            self._landing.add(layers, await run_to_end(self._executor, lambda: project(layers)), mark)
+            completions = await run_to_end(self._executor, lambda: project(layers))
+            for layer, completion in zip(range(layers.first, layers.stop), completions, strict=False):
+                mark(layer, completion)
+            self._landing.add(layers, completions, mark)
         else:
             works = [partial(project, LayerRange(one, 1)) for one in range(layers.first, layers.stop)]
             await run_all(self._executor, works, lambda index: mark(layers.first + index))

@@ -104,11 +104,16 @@ class PagedKvCache:
         views = [layer.permute(order) for layer in layers]
         return cls([view[0] for view in views], [view[1] for view in views])
 
-    def fence(self) -> None:
-        """Make later gathers and scatters wait for what the calling thread has asked its device to do.
+    def stream(self) -> torch.cuda.Stream | None:
+        """Return the calling thread's stream on the cache's device; None on a CPU."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
-        To be called by the engine's thread when its work on the blocks is queued and not yet done. Waits for
-        nothing. On a CPU there is nothing to be done.
+    def fence(self) -> None:
+        """Make gathers and scatters of later calls wait for what this thread has asked its device to do.
+
+        To be called by the engine's thread before it hands over blocks, when its work on them (writes before
+        an offload, reads before an onboard) is queued and not yet done. Waits for nothing. On a CPU there is
+        nothing to be done.
         """
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

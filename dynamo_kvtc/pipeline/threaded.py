@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
+import torch
+
 from dynamo_kvtc.errors import OnboardError, TierClosedError, TransferTimeoutError
 from dynamo_kvtc.observability import Counters
 from dynamo_kvtc.pipeline.adapter import AdapterStatus, TierAdapter
@@ -169,9 +171,17 @@ class ThreadedOnboard:
     def __init__(self, adapter: ThreadedTierAdapter, handle: OnboardHandle) -> None:
         self._adapter, self.handle = adapter, handle
 
-    def layer(self, layer: int, timeout_s: float | None = None) -> None:
-        """Wait until a layer is in place. Raises `OnboardError` if it never will be."""
-        self._adapter._call(self.handle.layer(layer), timeout_s)
+    def layer(
+        self, layer: int, timeout_s: float | None = None, *, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        """Wait until a layer is in place, or let `stream` wait for it; see `OnboardHandle.layer`.
+
+        Raises
+        ------
+        OnboardError
+            If it never will be.
+        """
+        self._adapter._call(self.handle.layer(layer, stream), timeout_s)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until every layer is in place. Raises `OnboardError` if they never will be."""

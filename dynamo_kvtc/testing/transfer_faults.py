@@ -153,9 +153,9 @@ class FaultyTransfer(TransferAgent):
 
     # --- handed on -------------------------------------------------------------------------------
 
-    async def allocate(self, nbytes: int) -> MemoryRegion:
+    async def allocate(self, nbytes: int, *, pinned: bool = False) -> MemoryRegion:
         """See `TransferAgent.allocate`."""
-        return await self.inner.allocate(nbytes)
+        return await self.inner.allocate(nbytes, pinned=pinned)
 
     async def free(self, region: MemoryRegion) -> None:
         """See `TransferAgent.free`."""

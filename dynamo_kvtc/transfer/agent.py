@@ -31,6 +31,7 @@ from dynamo_kvtc.transfer.files import FileRegion, FileSpan
 from dynamo_kvtc.transfer.in_flight import InFlight
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
 from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
+from dynamo_kvtc.transfer.pinning import pin
 from dynamo_kvtc.transfer.registration import CONTROL_TIMEOUT_S, answer, register, release
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.stats import AgentStats
@@ -82,10 +83,10 @@ class TransferAgent:
 
     # --- regions ---------------------------------------------------------------------------------
 
-    async def allocate(self, nbytes: int) -> MemoryRegion:
+    async def allocate(self, nbytes: int, *, pinned: bool = False) -> MemoryRegion:
         """Allocate and register page-aligned, zeroed host memory of `nbytes` bytes.
 
-        Physical pages are taken as they are first written.
+        Physical pages are taken as they are first written, or at once if the memory is to be pinned for CUDA.
         """
         self._check_usable()
         if nbytes < 1:
@@ -97,6 +98,8 @@ class TransferAgent:
         region = MemoryRegion(np.frombuffer(memory, dtype=np.uint8), None)
         await self._register(region)
         self._memory.add(region)
+        if pinned:
+            region.pinned = await asyncio.to_thread(pin, region.address, nbytes)
         return region
 
     async def free(self, region: MemoryRegion) -> None:

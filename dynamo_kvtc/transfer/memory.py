@@ -21,10 +21,13 @@ class MemoryRegion:
         uint8 ``[nbytes]``, page-aligned; the region keeps it alive.
     registration : Any
         NIXL's handle, owned by the agent.
+    pinned : bool
+        Whether CUDA knows the memory, too.
     """
 
     array: NDArray[np.uint8]
     registration: Any
+    pinned: bool = False
 
     @property
     def address(self) -> int:

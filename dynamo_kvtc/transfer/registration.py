@@ -12,6 +12,7 @@ from dynamo_kvtc.transfer.backend import DRAM
 from dynamo_kvtc.transfer.files import FileRegion
 from dynamo_kvtc.transfer.memory import MemoryRegion
 from dynamo_kvtc.transfer.owner import OwnerThread
+from dynamo_kvtc.transfer.pinning import unpin
 
 __all__ = ["CONTROL_TIMEOUT_S", "answer", "register", "release"]
 
@@ -49,6 +50,9 @@ def release(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[Non
             backends = owner.memory_backends if isinstance(region, MemoryRegion) else [region.backend]
             owner.deregister(registration, backends)
         finally:
+            if isinstance(region, MemoryRegion) and region.pinned:
+                region.pinned = False
+                unpin(region.address)
             if isinstance(region, FileRegion) and region.owns_fd:
                 os.close(region.fd)
 

@@ -40,7 +40,13 @@ class StagingPool:
 
     @classmethod
     async def create(
-        cls, agent: TransferAgent, nbytes: int, *, alignment: int = 64, max_waiters: int = 1024
+        cls,
+        agent: TransferAgent,
+        nbytes: int,
+        *,
+        alignment: int = 64,
+        max_waiters: int = 1024,
+        pinned: bool = False,
     ) -> StagingPool:
         """Allocate and register the pool's `nbytes` bytes.
 
@@ -50,8 +56,11 @@ class StagingPool:
             Of every lease's start, in bytes.
         max_waiters : int
             Callers that may wait for room; further ones fail at once.
+        pinned : bool
+            Whether a CUDA device copies to and from it.
         """
-        return cls(agent, await agent.allocate(nbytes), alignment=alignment, max_waiters=max_waiters)
+        region = await agent.allocate(nbytes, pinned=pinned)
+        return cls(agent, region, alignment=alignment, max_waiters=max_waiters)
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from rig import GEOMETRY, PARAMETERS, POLICY, Rig, open_rig
 from synthetic import make_block, make_parameters, make_rd_parameters
 
+from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
 from dynamo_kvtc.codec.open import open_codec
@@ -207,6 +210,76 @@ async def test_the_guard_checks_samples_and_takes_the_gentler_plan(tmp_path: Pat
         assert [parameters.ratios[plan] for plan in plans] == [8.0, 2.0]
         for blocks in (first, second):
             await rig.adapter.onboard(blocks, rig.destination).wait()
+
+
+async def test_work_is_ordered_behind_the_engines_as_it_was_when_blocks_were_handed_over(
+    tmp_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events stand for themselves here: only which of them the codec is given is looked at."""
+    device = GpuCodec(host_codec(), gpu)
+    seen: list[object] = []
+    monkeypatch.setattr(gpu, "after_engine", seen.append)
+    async with open_rig(tmp_path, codec=host_codec(), device_codec=device) as rig:
+        rig.source, rig.destination = on_device(rig.source, gpu), on_device(rig.destination, gpu)
+        blocks = rig.sequence(STEP)
+        written, later, read = object(), object(), object()
+        rig.source._fence = written  # type: ignore[assignment]
+        ticket = rig.adapter.offload(blocks, rig.source)
+        rig.source._fence = later  # type: ignore[assignment]
+        await ticket.wait()
+        assert seen == [written]
+        rig.destination._fence = read  # type: ignore[assignment]
+        handle = rig.adapter.onboard(blocks, rig.destination)
+        rig.destination._fence = later  # type: ignore[assignment]
+        await handle.wait()
+        assert seen[1:] == [read] * (len(seen) - 1)
+        assert len(seen) > 1
+
+
+async def test_a_stream_waits_for_layers_that_are_only_launched(
+    tmp_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions that the test holds back stand for a device at work."""
+    device = GpuCodec(host_codec(), gpu)
+    done = threading.Event()
+    ordered: list[tuple[int, object]] = []
+
+    class Held:
+        def __init__(self, layer: int) -> None:
+            self.layer = layer
+
+        def reached(self) -> bool:
+            return done.is_set()
+
+        def wait(self) -> None:
+            assert done.wait(10)
+
+        def order(self, stream: object) -> None:
+            ordered.append((self.layer, stream))
+
+    def scatter(parts: object, layers: LayerRange, *views: object, after: object) -> list[Held]:
+        GpuCodec.scatter(device, parts, layers, *views, after=after)  # type: ignore[arg-type]
+        return [Held(layer) for layer in range(layers.first, layers.stop)]
+
+    monkeypatch.setattr(device, "scatter", scatter)
+    async with open_rig(tmp_path, codec=host_codec(), device_codec=device) as rig:
+        rig.source, rig.destination = on_device(rig.source, gpu), on_device(rig.destination, gpu)
+        blocks = rig.sequence(2 * STEP)
+        await rig.store(blocks)
+        handle = rig.adapter.onboard(blocks, rig.destination)
+        engine = object()
+        for layer in range(GEOMETRY.num_layers):
+            await asyncio.wait_for(handle.layer(layer, engine), 30)  # type: ignore[arg-type]
+        assert ordered == [(layer, engine) for layer in range(GEOMETRY.num_layers)]
+        assert not handle.done()
+        assert not handle.timeline.layer_ready
+        # Cancelled, it still waits until nothing is written any more.
+        cancelling = asyncio.create_task(handle.cancel())
+        await asyncio.sleep(0.05)
+        assert not cancelling.done()
+        done.set()
+        await asyncio.wait_for(cancelling, 10)
+        assert handle.done()
 
 
 def test_a_cache_is_served_where_it_lies(gpu: GpuDevice) -> None:

@@ -122,7 +122,8 @@ class KvtcWorker:
         if config.codec.profile != "raw":
             rope = RopeParameters.from_hf_config(self._vllm_config.model_config.hf_text_config)
         adapter = self._adapter = ThreadedTierAdapter(
-            lambda: open_adapter(config, cache.geometry, cache.block_size, rope), timeout_s=300.0
+            lambda: open_adapter(config, cache.geometry, cache.block_size, rope, device=cache.device),
+            timeout_s=300.0,
         )
 
         async def serve(tiers: TierAdapter) -> LookupService:
@@ -171,14 +172,18 @@ class KvtcWorker:
                 self._async[job.req_id] = load
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Wait until this layer is in place for every request that this step loads layer by layer."""
+        """Wait until this layer is in place for every request that this step loads layer by layer.
+
+        On a GPU it is the forward pass's stream that waits, not this thread, once decoding is under way.
+        """
         if not self._layerwise:
             return
+        _, cache = self._opened()
         layer = self._layers.get(layer_name)
         for load in self._layerwise:
             if layer is not None and load.onboard is not None and load.error is None:
                 try:
-                    load.onboard.layer(layer, self._timeout_s)
+                    load.onboard.layer(layer, self._timeout_s, stream=cache.stream())
                 except OnboardError as error:
                     load.error = error
 

@@ -92,7 +92,7 @@ class KvtcOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # untyped where
             raise ConfigError(f"load_buffer must hold at least one chunk of {chunk_bytes} bytes")
         buffer = make_buffer(cache, slots * model.blocks_per_chunk)
         adapter = ThreadedTierAdapter(
-            lambda: open_adapter(settings, model.geometry, model.block_size, model.rope),
+            lambda: open_adapter(settings, model.geometry, model.block_size, model.rope, device=cache.device),
             timeout_s=_OPEN_TIMEOUT_S,
         )
         store = ChunkStore(
