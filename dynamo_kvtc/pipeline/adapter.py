@@ -185,13 +185,15 @@ class TierAdapter:
         """Return the tier keys of a sequence's whole tier blocks, first to last."""
         return tier_keys(hashes, self.namespace(salt), self.block_size, self.policy.tier_block_tokens)
 
-    async def lookup(self, hashes: Sequence[bytes], *, salt: bytes = b"") -> int:
+    async def lookup(self, hashes: Sequence[bytes], *, salt: bytes = b"", have_tokens: int = 0) -> int:
         """Return how many leading tokens of a sequence the tiers hold and are worth onboarding.
 
         Parameters
         ----------
         hashes : Sequence[bytes]
             Sequence hash of each whole block of the sequence, from the first on.
+        have_tokens : int
+            Leading tokens that the engine has: only what follows would be onboarded, and is decided about.
 
         Returns
         -------
@@ -205,14 +207,17 @@ class TierAdapter:
         if self.events is not None:
             self.events.found(keys[:found], self._last_hashes(hashes)[:found])
         self.counters.looked_up(len(keys), found, len(hashes) * self.block_size, found * step)
-        if not found:
+        first = have_tokens // step
+        if found <= first:
             return 0
         # A tier may lose an object meanwhile; onboarding says so then.
-        sizes = (tier.size_of(key) or 0 for key, tier in zip(keys, tiers, strict=False))
-        pieces = [Piece(step, size, tier.name) for size, tier in zip(sizes, tiers, strict=True)]
+        pieces = [
+            Piece(step, tier.size_of(key) or 0, tier.name)
+            for key, tier in zip(keys[first:found], tiers[first:], strict=True)
+        ]
         decision = self.costs.prefix(pieces)
         self.counters.decided("onboard", decision.action)
-        tokens = decision.blocks * step
+        tokens = (first + decision.blocks) * step if decision.blocks else 0
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("looked up", extra={"kvtc": _fields(found * step, tokens, decision)})
         return tokens

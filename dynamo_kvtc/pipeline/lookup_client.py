@@ -41,7 +41,9 @@ class LookupClient:
         self._socket: socket.socket | None = None
         self._not_before = 0.0
 
-    def lookup(self, hashes: Sequence[bytes], *, salt: bytes = b"", timeout_s: float) -> int:
+    def lookup(
+        self, hashes: Sequence[bytes], *, salt: bytes = b"", have_tokens: int = 0, timeout_s: float
+    ) -> int:
         """Return how many leading tokens of a sequence the tiers hold; see `TierAdapter.lookup`.
 
         Raises
@@ -49,7 +51,12 @@ class LookupClient:
         LookupServiceError
             If no answer comes within `timeout_s` seconds, or an error.
         """
-        message = {"op": "lookup", "salt": base64.b64encode(salt).decode(), **frames.pack_hashes(hashes)}
+        message = {
+            "op": "lookup",
+            "salt": base64.b64encode(salt).decode(),
+            "have": have_tokens,
+            **frames.pack_hashes(hashes),
+        }
         tokens = self._call(message, timeout_s).get("tokens")
         if type(tokens) is not int or tokens < 0:
             raise LookupServiceError(f"the lookup service answered {tokens!r} instead of a number of tokens")
@@ -159,7 +166,9 @@ class Lookups:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtc-lookup")
         self.failed = 0
 
-    def get(self, request: str, hashes: Sequence[bytes], *, salt: bytes = b"") -> int | None:
+    def get(
+        self, request: str, hashes: Sequence[bytes], *, salt: bytes = b"", have_tokens: int = 0
+    ) -> int | None:
         """Return how many leading tokens the tiers hold, or None if the answer is not there yet.
 
         A lookup that fails or takes too long is a miss (0), counted in `failed`.
@@ -170,7 +179,7 @@ class Lookups:
             self.forget(request)
             if not self._breaker.allow():
                 return 0
-            pending = self._ask(request, list(hashes), salt, now)
+            pending = self._ask(request, list(hashes), salt, have_tokens, now)
         try:
             found = pending.answer.result(self._patience_s)
             self._settle(pending, self._breaker.succeeded)
@@ -219,10 +228,12 @@ class Lookups:
             pending.is_settled = True
             report()
 
-    def _ask(self, request: str, hashes: list[bytes], salt: bytes, now: float) -> _Pending:
+    def _ask(self, request: str, hashes: list[bytes], salt: bytes, have: int, now: float) -> _Pending:
         while len(self._pending) >= self._limit:
             self.forget(next(iter(self._pending)))
-        answer = self._thread.submit(self._client.lookup, hashes, salt=salt, timeout_s=self._timeout_s)
+        answer = self._thread.submit(
+            self._client.lookup, hashes, salt=salt, have_tokens=have, timeout_s=self._timeout_s
+        )
         self._pending[request] = pending = _Pending(answer, now, len(hashes))
         return pending
 

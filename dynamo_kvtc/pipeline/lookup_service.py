@@ -148,7 +148,10 @@ class LookupService:
             salt = base64.b64decode(str(message.get("salt", "")), validate=True)
         except (binascii.Error, ValueError) as error:
             raise LookupServiceError("a lookup message has no sound salt") from error
-        return {"tokens": await self._adapter.lookup(hashes, salt=salt)}
+        have = message.get("have", 0)
+        if type(have) is not int or have < 0:
+            raise LookupServiceError(f"a lookup message has {have!r} instead of a number of tokens")
+        return {"tokens": await self._adapter.lookup(hashes, salt=salt, have_tokens=have)}
 
     async def _reset(self, message: dict[str, Any]) -> dict[str, Any]:
         await self._adapter.reset()

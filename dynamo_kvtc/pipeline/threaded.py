@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,11 @@ class ThreadedTierAdapter:
             return self._adapter.onboard(blocks, destination)
 
         return ThreadedOnboard(self, self._call(start()))
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """See `TierAdapter.prefilled`; waits for nothing."""
+        with suppress(RuntimeError):  # the loop is closed: nobody decides any more
+            self._loop.call_soon_threadsafe(self._adapter.prefilled, tokens, seconds)
 
     @property
     def counters(self) -> Counters:

@@ -47,7 +47,13 @@ def write_config(path: Path, tier: Path, **changes: Any) -> Path:
         "codec": {"profile": "raw"},
         "tiers": [{"kind": "disk", "path": str(tier), "capacity": "2GiB"}],
         # Whole tier blocks, from the first request on.
-        "policy": {"tier_block_tokens": TIER_BLOCK, "recent_window": 0, "minimum_tokens": 0},
+        "policy": {
+            "tier_block_tokens": TIER_BLOCK,
+            "recent_window": 0,
+            "minimum_tokens": 0,
+            # Tokens are counted here, whatever is faster on a busy machine.
+            "decide": "always",
+        },
         **changes,
     }
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML

@@ -115,7 +115,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("kvbm")
     config = folder / "kvtc.yaml"
     tiers = [{"kind": "disk", "path": str(folder / "tier"), "capacity": "1GiB"}]
-    policy = {"recent_window": 0, "minimum_tokens": 0}
+    policy = {"recent_window": 0, "minimum_tokens": 0, "decide": "always"}  # tokens are counted
     config.write_text(json.dumps({"codec": {"profile": "raw"}, "tiers": tiers, "policy": policy}))
     transfer = KVTransferConfig(
         kv_connector="DynamoConnector",

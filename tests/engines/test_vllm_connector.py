@@ -104,19 +104,42 @@ def test_counters_tell_what_was_moved(served: dict[str, Any]) -> None:
 
 
 def test_events_describe_tier_blocks_of_both_media(served: dict[str, Any]) -> None:
-    stored = [event for event in served["events"] if event["kind"] == "BlockStored"]
-    first = {
-        medium: [event for event in stored if event["medium"] == medium and not event["parent"]]
+    stored = {
+        medium: [
+            event
+            for event in served["events"]
+            if event["kind"] == "BlockStored" and event["medium"] == medium
+        ]
         for medium in ("CPU", "STORAGE")
     }
-    assert first["CPU"] and first["STORAGE"]
-    assert all(len(event["tokens"]) == TIER_BLOCK and event["hashes"] == 2 for event in stored)
-    assert [event["tokens"] for event in first["CPU"]] == [event["tokens"] for event in first["STORAGE"]]
+    for events in stored.values():
+        ends = {event["hashes"][-1] for event in events}
+        # Each goes on from one that is known, or begins a prompt.
+        assert events and all(event["parent"] in {"None", *ends} for event in events)
+        assert any(event["parent"] == "None" for event in events)
+        assert all((len(event["tokens"]), event["block_size"]) == (TIER_BLOCK, 32) for event in events)
+        assert all(len(event["hashes"]) == 2 for event in events)
+    # The same of both, whichever was told first.
+    content = [
+        sorted((*event["hashes"], event["parent"], *event["tokens"]) for event in stored[medium])
+        for medium in ("CPU", "STORAGE")
+    ]
+    assert content[0] == content[1]
 
 
 def test_a_reset_forgets_everything_and_says_so(served: dict[str, Any], reference: dict[str, Any]) -> None:
     assert served["after_reset"]["cached"] == 0
-    assert served["removed"] > 0
+    stored = {
+        medium: {
+            one
+            for event in served["events"]
+            if event["kind"] == "BlockStored" and event["medium"] == medium
+            for one in event["hashes"]
+        }
+        for medium in ("CPU", "STORAGE")
+    }
+    for medium, removed in served["removed"].items():
+        assert set(removed) == stored[medium] and len(removed) == len(set(removed))
     assert_same(served["after_reset"], reference["long"])
 
 
@@ -140,6 +163,43 @@ def test_a_tier_that_breaks_in_the_middle_of_a_load_is_recomputed(
     assert_same(faults["sound"], reference["long"])
     assert_same(faults[kind], reference["long"])
     assert sum(faults[f"{kind}_counters"].values()) > 0
+
+
+def test_a_request_given_up_while_it_loads_leaves_nothing_behind(
+    folder: Path, reference: dict[str, Any]
+) -> None:
+    outcome = run("aborted", folder)
+    assert outcome["loading"] >= 2  # some were given up in the middle
+    assert not any(count for name, count in outcome.items() if name.startswith("left "))
+    assert outcome["tracked"] == outcome["active"] == 0
+    assert outcome["after"]["cached"] == HELD
+    assert_same(outcome["after"], reference["long"])
+
+
+def test_adapters_never_meet_each_others_blocks(folder: Path) -> None:
+    outcome = run("lora", folder)
+    answers = [tuple(outcome[f"{name} first"]["logprobs"]) for name in ("plain", "a", "b")]
+    assert len(set(answers)) == 3  # the adapters do something
+    for name in ("plain", "a", "b"):
+        assert outcome[f"{name} first"]["cached"] == 0 and outcome[f"{name} second"]["cached"] == 192
+        assert_same(outcome[f"{name} second"], outcome[f"{name} first"])
+
+
+def test_speculating_saves_no_rejected_draft(folder: Path) -> None:
+    outcome = run("speculative", folder)
+    for turn in ("first", "turn"):
+        assert_same(outcome[f"speculating {turn}"], outcome[f"plain {turn}"])
+    # Prompt and answer are 350 tokens, whose last has no KV yet: five whole tier blocks.
+    assert outcome["speculating turn"]["cached"] == outcome["plain turn"]["cached"] == 320
+
+
+def test_a_tier_slower_than_the_engine_is_not_used(folder: Path, reference: dict[str, Any]) -> None:
+    outcome = run("costs", folder)
+    assert outcome["prefill"] > 0
+    assert outcome["decisions"]["recompute"] >= 4
+    assert outcome["fast"]["cached"] == HELD and outcome["slow 7"]["cached"] == 0
+    for name in ("first", "fast", *(f"slow {turn}" for turn in range(8))):
+        assert_same(outcome[name], reference["long"])
 
 
 def test_preempted_requests_are_answered_rightly(crowded: dict[str, Any], reference: dict[str, Any]) -> None:

@@ -12,19 +12,11 @@ import pytest
 pytest.importorskip("vllm", reason="needs an environment with vLLM (make engine)")
 
 import torch
-from offloading_host import write_model
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVQuantMode,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import KVQuantMode, SlidingWindowSpec
+from vllm_configs import HEADS, LAYER, SIZE, TOKENS, cache_config, engine_config, spec
 
 from dynamo_kvtc.adapters.vllm import KvtcConnector
 from dynamo_kvtc.adapters.vllm.layouts import cpu_writer, discover_places, ordered_layers, paged_cache
@@ -34,20 +26,6 @@ from dynamo_kvtc.adapters.vllm.versions import check_version
 from dynamo_kvtc.errors import ConfigError, LayoutError
 from dynamo_kvtc.observability import Counters, exposition
 from dynamo_kvtc.pipeline.permuted import PermutedKvCache
-
-TOKENS, HEADS, SIZE = 32, 3, 64
-LAYER = "model.layers.{}.self_attn.attn"
-
-
-def spec(dtype: torch.dtype = torch.float32, **changes: Any) -> FullAttentionSpec:
-    fields = {"block_size": TOKENS, "num_kv_heads": HEADS, "head_size": SIZE, "dtype": dtype, **changes}
-    return FullAttentionSpec(**fields)
-
-
-def cache_config(*specs: Any, blocks: int = 4) -> KVCacheConfig:
-    groups = [KVCacheGroupSpec([LAYER.format(index)], one) for index, one in enumerate(specs or [spec()])]
-    return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-
 
 # --- layouts ---------------------------------------------------------------------------------------
 
@@ -119,27 +97,6 @@ def settings_file(tmp_path: Path) -> Path:
     return path
 
 
-def engine_config(
-    tmp_path: Path, settings_file: Path, extra: dict[str, Any] | None = None, **options: Any
-) -> Any:
-    transfer = {
-        "kv_connector": "KvtcConnector",
-        "kv_connector_module_path": "dynamo_kvtc.adapters.vllm",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"config": str(settings_file)} if extra is None else extra,
-    }
-    transfer.update(options)
-    arguments = EngineArgs(
-        model=str(write_model(tmp_path / "model")),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        block_size=TOKENS,
-        kv_transfer_config=KVTransferConfig(**transfer),
-    )
-    return arguments.create_engine_config()
-
-
 def test_settings_are_read(tmp_path: Path, settings_file: Path) -> None:
     extra = {"config": str(settings_file), "load": "layerwise", "lookup_timeout": "20ms"}
     settings = read_settings(engine_config(tmp_path, settings_file, extra), cache_config())
@@ -182,6 +139,16 @@ def test_settings_of_vllm_that_would_serve_wrong_kv_are_refused(tmp_path: Path, 
         setattr(config.parallel_config, setting, 2)
         with pytest.raises(ConfigError, match=setting.replace("_", "-")):
             read_settings(config, cache_config())
+
+
+def test_drafters_with_kv_of_their_own_are_refused(tmp_path: Path, settings_file: Path) -> None:
+    ngram = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
+    config = engine_config(tmp_path, settings_file, engine=ngram)
+    assert read_settings(config, cache_config()).loads
+    # What vLLM would load a second model for; its settings without the model.
+    config.speculative_config.method = "eagle"
+    with pytest.raises(ConfigError, match=r"eagle is not supported.*ngram"):
+        read_settings(config, cache_config())
 
 
 def test_caches_that_cannot_be_encoded_are_refused(tmp_path: Path, settings_file: Path) -> None:

@@ -44,6 +44,7 @@ class Engine:
         codec: str = "{profile: raw}",
         artifact: str = "",
         dtype: str = "float32",
+        decide: str = "always",  # tokens are counted, whatever is faster on a busy machine
         **options: Any,
     ) -> None:
         from vllm import LLM, SamplingParams
@@ -55,7 +56,8 @@ class Engine:
             config = folder / "kvtc.yaml"
             config.write_text(
                 f"{artifact}codec: {codec}\ntiers:\n{tiers.replace('FOLDER', str(folder))}"
-                f"policy: {{tier_block_tokens: {TIER_BLOCK}, recent_window: 0, minimum_tokens: 0}}\n"
+                f"policy: {{tier_block_tokens: {TIER_BLOCK}, recent_window: 0, minimum_tokens: 0, "
+                f"decide: {decide}}}\n"
                 f"pipeline: {{onboard_timeout: {onboard_timeout}}}\n"
             )
             options["kv_transfer_config"] = {
@@ -122,6 +124,7 @@ class Engine:
         salt: str | None = None,
         tokens: int = OUTPUT,
         prompt_logprobs: bool = False,
+        lora: Any = None,
     ) -> list[dict[str, Any]]:
         extra = {"cache_salt": salt} if salt else {}
         sampling = self._sampling(
@@ -132,7 +135,10 @@ class Engine:
             prompt_logprobs=0 if prompt_logprobs else None,
         )
         outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt, **extra} for prompt in prompts], sampling, use_tqdm=False
+            [{"prompt_token_ids": prompt, **extra} for prompt in prompts],
+            sampling,
+            use_tqdm=False,
+            lora_request=lora,
         )
         return [
             {
@@ -220,9 +226,10 @@ def served(folder: Path) -> dict[str, Any]:
         {
             "kind": type(event).__name__,
             "medium": event.medium,
-            "hashes": len(event.block_hashes),
+            "hashes": [str(one) for one in event.block_hashes],
             "tokens": list(getattr(event, "token_ids", [])),
-            "parent": getattr(event, "parent_block_hash", None) is not None,
+            "block_size": getattr(event, "block_size", None),
+            "parent": str(getattr(event, "parent_block_hash", None)),
         }
         for event in engine.events
     ]
@@ -230,7 +237,11 @@ def served(folder: Path) -> dict[str, Any]:
     engine.events.clear()
     result["after_reset"] = engine.generate(text["long"])[0]
     engine.forget_local()
-    result["removed"] = sum(type(event).__name__ == "BlockRemoved" for event in engine.events)
+    removed = [event for event in engine.events if type(event).__name__ == "BlockRemoved"]
+    result["removed"] = {
+        medium: sorted(str(one) for event in removed if event.medium == medium for one in event.block_hashes)
+        for medium in ("CPU", "STORAGE")
+    }
     engine.close()
     return result
 
@@ -298,6 +309,145 @@ def faults(folder: Path) -> dict[str, Any]:
         result[kind] = engine.generate(long)[0]
         mode["is"] = "sound"
         result[f"{kind}_counters"] = engine.counters()["missed_blocks"]
+    engine.close()
+    return result
+
+
+def aborted(folder: Path) -> dict[str, Any]:
+    """A request that is given up at each step of its load, and just before and after it."""
+    import asyncio
+
+    import dynamo_kvtc.adapters.vllm.worker as worker
+    from dynamo_kvtc.pipeline.assemble import open_adapter
+    from dynamo_kvtc.testing.wrappers import TierWrapper
+
+    class Slow(TierWrapper):
+        async def get(self, reads: Any, *, timeout_s: float) -> None:
+            await asyncio.sleep(0.01)
+            await self.inner.get(reads, timeout_s=timeout_s)
+
+    worker.open_adapter = lambda *args, **kwargs: open_adapter(*args, **kwargs, wrap_tier=Slow)  # type: ignore[assignment]
+    engine = Engine(folder, tiers=HOST)
+    long = prompts(engine)["long"]
+    result: dict[str, Any] = {"first": engine.generate(long)[0], "loading": 0}
+    core, scheduler = engine.llm.llm_engine, engine.scheduler
+    sampling = engine._sampling(temperature=0, max_tokens=4, ignore_eos=True)
+    for steps in (0, 1, 2, 3, 5, 8, 13, 21, 34):
+        engine.forget_local()
+        core.add_request(f"abort {steps}", {"prompt_token_ids": long}, sampling)
+        for _ in range(steps):
+            core.step()
+        result["loading"] += any("REMOTE" in str(one.status) for one in scheduler.requests.values())
+        core.abort_request([f"abort {steps}"])
+        for _ in range(2000):
+            if not scheduler.requests and not scheduler.connector.has_pending_push_work():
+                break
+            core.step()
+        result[f"left {steps}"] = len(scheduler.requests)
+    # `forget_local` asserts that no block is held.
+    engine.forget_local()
+    result["after"] = engine.generate(long)[0]
+    side = scheduler.connector._scheduler
+    result["tracked"] = len(side._tracked) + len(side._finishing) + len(side._loads)
+    result["active"] = engine.adapter.status().onboards_active
+    engine.close()
+    return result
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    """Write a LoRA adapter of random weights for the demo's model."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    folder.mkdir()
+    sizes = {"q_proj": 576, "v_proj": 192}
+    tensors = {}
+    for layer in range(30):
+        for name, size in sizes.items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{at}.lora_A.weight"] = 0.2 * torch.randn(8, 576)
+            tensors[f"{at}.lora_B.weight"] = 0.2 * torch.randn(size, 8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(sizes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def lora(folder: Path) -> dict[str, Any]:
+    """Two adapters and none: each is served what it stored itself, and nothing else."""
+    from vllm.lora.request import LoRARequest
+
+    paths = [write_adapter(folder / f"adapter-{name}", seed) for seed, name in enumerate("ab", 1)]
+    engine = Engine(folder, tiers=HOST, enable_lora=True, max_loras=2, max_lora_rank=8)
+    left = prompts(engine)["left"]
+    models = {
+        "plain": None,
+        "a": LoRARequest("a", 1, str(paths[0])),
+        "b": LoRARequest("b", 2, str(paths[1])),
+    }
+    result: dict[str, Any] = {}
+    for turn in ("first", "second"):
+        for name, adapter in models.items():
+            result[f"{name} {turn}"] = engine.generate(left, lora=adapter)[0]
+            engine.forget_local()
+    engine.close()
+    return result
+
+
+def speculative(folder: Path) -> dict[str, Any]:
+    """Drafts from the prompt itself, so that many are accepted and many are not."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    result: dict[str, Any] = {}
+    for name, options in (("plain", {}), ("speculating", {"speculative_config": drafts})):
+        engine = Engine(folder, tiers=HOST, **options)
+        text = engine.tokens(0, 100)
+        prompt = [*text, *text]
+        result[f"{name} first"] = engine.generate(prompt, tokens=150)[0]
+        engine.forget_local()
+        # Its own answer is in the tiers too: what is asked now begins with it.
+        longer = [*prompt, *result[f"{name} first"]["ids"]]
+        result[f"{name} turn"] = engine.generate(longer, tokens=40)[0]
+        engine.close()
+    return result
+
+
+def costs(folder: Path) -> dict[str, Any]:
+    """A tier that is slower than the engine: what is decided once both have been measured."""
+    import dynamo_kvtc.adapters.vllm.worker as worker
+    from dynamo_kvtc.pipeline.assemble import open_adapter
+    from dynamo_kvtc.testing.wrappers import ThrottledTier
+
+    link: list[ThrottledTier] = []
+
+    def slow(tier: Any) -> Any:
+        link.append(ThrottledTier(tier, 1e12))
+        return link[0]
+
+    worker.open_adapter = lambda *args, **kwargs: open_adapter(*args, **kwargs, wrap_tier=slow)  # type: ignore[assignment]
+    engine = Engine(folder, tiers=HOST, decide="measured")
+    text = prompts(engine)
+    result: dict[str, Any] = {"first": engine.generate(text["long"])[0]}
+    result["prefill"] = engine.adapter.status().speeds["prefill"]
+    # As fast as memory: a prefix is loaded, which measures reading and decoding.
+    engine.forget_local()
+    start = time.perf_counter()
+    result["fast"] = engine.generate(text["long"])[0]
+    result["fast seconds"] = time.perf_counter() - start
+    # So slow that recomputing is faster by far: one load measures it, then none is promised.
+    link[0]._bytes_per_s = 5e6
+    for turn in range(8):
+        engine.forget_local()
+        start = time.perf_counter()
+        result[f"slow {turn}"] = engine.generate(text["long"])[0]
+        result[f"slow seconds {turn}"] = time.perf_counter() - start
+    result["decisions"] = engine.counters()["decisions"]["onboard"]
+    result["speeds"] = engine.adapter.status().speeds
+    from prometheus_client import generate_latest
+
+    engine.settle()
+    names = ("vllm:kvtc_prefill_tokens_per_second", "vllm:kvtc_decisions_total")
+    result["port"] = [line for line in generate_latest().decode().splitlines() if line.startswith(names)]
     engine.close()
     return result
 

@@ -50,3 +50,22 @@ async def test_what_a_slow_engine_saves_is_counted(tmp_path: Path) -> None:
         assert await rig.adapter.lookup(blocks.hashes) == 64
         await rig.adapter.onboard(blocks, rig.destination).wait()
         assert rig.adapter.status().counters.recompute_avoided_seconds == pytest.approx(64)
+
+
+async def test_what_the_engine_has_already_is_not_decided_about(tmp_path: Path) -> None:
+    """The rest of a prefix has to pay for itself: the overhead of an onboard with it."""
+    async with open_rig(tmp_path) as rig:
+        blocks = rig.sequence(128)
+        await rig.store(blocks)
+        speeds = rig.adapter.costs.speeds
+        speeds.read("host", 10**12, 1.0)
+        speeds.onboarded(10**9, wall_s=2.0, transfer_s=0.5, decode_s=1.0)  # and a second of overhead
+        rig.adapter.prefilled(tokens=64, seconds=1.0)
+        assert await rig.adapter.lookup(blocks.hashes) == 128
+        assert await rig.adapter.lookup(blocks.hashes, have_tokens=32) == 128
+        assert await rig.adapter.lookup(blocks.hashes, have_tokens=96) == 0
+        assert rig.adapter.status().counters.decisions["onboard"]["recompute"] == 1
+        # Nothing is left to decide.
+        assert await rig.adapter.lookup(blocks.hashes, have_tokens=128) == 0
+        assert await rig.adapter.lookup(blocks.hashes[:4], have_tokens=96) == 0
+        assert rig.adapter.status().counters.decisions["onboard"]["recompute"] == 1

@@ -41,6 +41,8 @@ async def test_a_lookup_from_another_thread_finds_what_the_adapter_finds(rig: Ri
     client = LookupClient(path)
     assert await asyncio.to_thread(client.lookup, blocks.hashes, salt=b"mine", timeout_s=10) == 64
     assert await asyncio.to_thread(client.lookup, blocks.hashes, salt=b"", timeout_s=10) == 0
+    asked = {"salt": b"mine", "have_tokens": 64, "timeout_s": 10}
+    assert await asyncio.to_thread(client.lookup, blocks.hashes, **asked) == 0  # nothing beyond them
     await asyncio.to_thread(client.reset, timeout_s=10)
     assert await asyncio.to_thread(client.lookup, blocks.hashes, salt=b"mine", timeout_s=10) == 0
     client.close()
@@ -78,6 +80,7 @@ async def test_a_service_takes_the_place_of_one_that_died(rig: Rig, path: Path) 
         frames.encode({"op": "lookup", "size": 3, "hashes": "AAAA AA"}),
         frames.encode({"op": "lookup", "size": 2, "hashes": "AAAA"}),
         frames.encode({"op": "lookup", "size": 3, "hashes": "AAAA", "salt": "%"}),
+        frames.encode({"op": "lookup", "size": 3, "hashes": "AAAA", "have": -1}),
     ],
 )
 async def test_what_is_not_a_message_ends_its_connection_alone(rig: Rig, path: Path, sent: bytes) -> None:

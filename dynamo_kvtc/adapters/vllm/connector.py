@@ -74,6 +74,11 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See `KvtcWorker.register_kv_caches`."""
         self._worker_side.register_kv_caches(kv_caches)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Take in what the scheduler says of this step, which begins now."""
+        super().bind_connector_metadata(connector_metadata)
+        self._worker_side.begin_step(self._metadata)
+
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """See `KvtcWorker.handle_preemptions`."""
         assert isinstance(kv_connector_metadata, KvtcConnectorMetadata)

@@ -59,6 +59,8 @@ class KvtcConnectorMetadata(KVConnectorMetadata):  # type: ignore[misc]
         How many failed layer-wise loads the scheduler knows of and has rolled back.
     computes : bool
         Whether the step computes anything, or only waits.
+    prefill_tokens : int
+        Prompt tokens that the step computes, if it computes nothing else and has no part in loads.
     """
 
     loads: list[LoadJob] = field(default_factory=list)
@@ -67,6 +69,7 @@ class KvtcConnectorMetadata(KVConnectorMetadata):  # type: ignore[misc]
     finishing: set[str] = field(default_factory=set)
     failures_seen: int = 0
     computes: bool = False
+    prefill_tokens: int = 0
 
 
 @dataclass

@@ -98,7 +98,9 @@ class KvtcScheduler:
         ):
             return 0, False
         hashes = request.block_hashes[: usable * self._step]
-        found = self._lookups.get(request.request_id, hashes, salt=tracked.salt)
+        found = self._lookups.get(
+            request.request_id, hashes, salt=tracked.salt, have_tokens=num_computed_tokens
+        )
         if found is None:
             return None, False
         if self._translator is not None:
@@ -143,8 +145,28 @@ class KvtcScheduler:
         ]
         loads, self._loads = self._loads, []
         finishing, self._finishing = self._finishing, set()
-        computes = bool(scheduler_output.num_scheduled_tokens)
-        return KvtcConnectorMetadata(loads, saves, preempted, finishing, self._failures, computes)
+        return KvtcConnectorMetadata(
+            loads,
+            saves,
+            preempted,
+            finishing,
+            self._failures,
+            computes=bool(scheduler_output.num_scheduled_tokens),
+            prefill_tokens=0 if loads else self._prefill_tokens(scheduler_output),
+        )
+
+    def _prefill_tokens(self, output: SchedulerOutput) -> int:
+        """Return how many prompt tokens a step computes, or 0 if it computes anything else."""
+        tokens = 0
+        for req_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(req_id)
+            if tracked is None:
+                return 0
+            request = tracked.request
+            if request.num_computed_tokens + scheduled > request.num_prompt_tokens:
+                return 0
+            tokens += scheduled
+        return tokens
 
     def _next_save(self, req_id: str, scheduled: int, output: SchedulerOutput) -> SaveJob | None:
         tracked = self._tracked.get(req_id)

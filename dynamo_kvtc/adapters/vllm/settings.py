@@ -23,6 +23,9 @@ _KEYS: dict[str, object] = {"config": None, "load": "async", "lookup_timeout": "
 
 _LOADS = ("async", "layerwise")
 
+#: Ways to speculate that keep no KV of their own.
+_DRAFTERS = ("ngram", "ngram_gpu", "suffix")
+
 #: Hashes that other text can be made to collide with: its KV would be served as this one's.
 _WEAK_HASHES = ("xxhash", "xxhash_cbor")
 
@@ -72,6 +75,7 @@ def read_settings(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Co
     transfer = vllm_config.kv_transfer_config
     extra = _known(dict(transfer.kv_connector_extra_config or {}))
     _refuse_parallel(vllm_config)
+    _refuse_drafters(vllm_config)
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     if algorithm in _WEAK_HASHES:
         raise ConfigError(
@@ -182,3 +186,13 @@ def _refuse_parallel(vllm_config: VllmConfig) -> None:
                 f"{flag} {size} is not supported yet: an artifact covers all layers and heads of the model, "
                 f"a worker would hold only a part of them. Set {flag} 1"
             )
+
+
+def _refuse_drafters(vllm_config: VllmConfig) -> None:
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTERS:
+        raise ConfigError(
+            f"speculative decoding with {speculative.method} is not supported: the drafter has KV of its "
+            "own, which no artifact covers and which a loaded prefix would lack. Use one of "
+            f"{', '.join(_DRAFTERS)} in --speculative-config, or remove it"
+        )

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from dynamo_kvtc.adapters.vllm.layouts import ordered_layers, paged_cache
 from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, KvtcWorkerMetadata, LoadJob, SaveJob
+from dynamo_kvtc.adapters.vllm.prefill import PrefillTimer, clock_for
 from dynamo_kvtc.adapters.vllm.settings import ConnectorSettings
 from dynamo_kvtc.adapters.vllm.stats import KvtcConnectorStats, WorkerStats
 from dynamo_kvtc.codec.rope import RopeParameters
@@ -99,7 +100,8 @@ class KvtcWorker:
         self._saves: defaultdict[str, _Saves] = defaultdict(_Saves)
         self._finishing: set[str] = set()
         #: Whether the present step computes anything.
-        self._ran_forward = False
+        self._computes = False
+        self._prefill: PrefillTimer | None = None
         self._failures_reported = 0
         self._events: EventLog | None = None
         self._pending: list[ThreadedOffload] = []
@@ -134,6 +136,9 @@ class KvtcWorker:
         async def watch(tiers: TierAdapter) -> EventLog:
             return tiers.watch()
 
+        most = self._vllm_config.scheduler_config.max_num_batched_tokens
+        least = min(self._settings.policy.tier_block_tokens, most)
+        self._prefill = PrefillTimer(clock_for(layers[0][1].device), least)
         self._service = adapter.run(serve)
         if self._settings.events:
             self._events = adapter.run(watch)
@@ -148,6 +153,24 @@ class KvtcWorker:
         if service is not None:
             adapter.run(lambda _: service.close())
         adapter.close()
+
+    # --- the step ----------------------------------------------------------------------------------
+
+    def begin_step(self, metadata: KvtcConnectorMetadata) -> None:
+        """Take note of what the step is; its forward pass, if it has one, comes next."""
+        self._computes = metadata.computes
+        self._finishing |= metadata.finishing
+        if self._prefill is not None:
+            # Decoding for loads takes cores, so what a pass takes meanwhile says little of prefill alone.
+            self._prefill.start(0 if self._async else metadata.prefill_tokens)
+
+    def _end_forward(self) -> None:
+        """Take note that the forward pass is over; called by whichever hook comes first after it."""
+        if self._prefill is None or self._adapter is None:
+            return
+        self._prefill.stop()
+        for tokens, seconds in self._prefill.take():
+            self._adapter.prefilled(tokens, seconds)
 
     # --- loading -----------------------------------------------------------------------------------
 
@@ -212,9 +235,8 @@ class KvtcWorker:
 
     def wait_for_save(self, metadata: KvtcConnectorMetadata) -> None:
         """Queue the step's offloads; blocks are copied out in the background."""
-        self._ran_forward = metadata.computes
+        self._end_forward()
         self._end_layerwise()
-        self._finishing |= metadata.finishing
         if not metadata.saves:
             return
         adapter, cache = self._opened()
@@ -251,10 +273,12 @@ class KvtcWorker:
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """Return requests whose blocks are copied out, and requests whose loads have ended."""
-        if self._async and not self._ran_forward:
+        # With speculative decoding this comes before `wait_for_save`, and what failed must be told now.
+        self._end_forward()
+        self._end_layerwise()
+        if self._async and not self._computes:
             # The engine spins while it waits for loads alone; decoding needs the interpreter and the cores.
             time.sleep(_IDLE_STEP_S)
-        self._ran_forward = False
         for req_id in finished_req_ids & self._async.keys():
             # Nobody waits for it any more; it is reported once it touches its blocks no more.
             onboard = self._async[req_id].onboard
