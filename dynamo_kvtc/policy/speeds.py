@@ -32,9 +32,18 @@ class Ewma:
         share = max(self.weight, 1 / self.count)
         self.value = value if self.value is None else self.value + share * (value - self.value)
 
+    def observe_speed(self, amount: float, seconds: float) -> None:
+        """Take a speed in; without an amount or a time it is left out.
 
-def _speed(amount: float, seconds: float) -> float:
-    return amount / seconds if amount > 0 and seconds > 0 else math.nan
+        What is smoothed is the time per unit, which is what costs are made of: a mean of speeds would hide a
+        tier that has become slow behind the times when it was fast.
+        """
+        if not (amount > 0 and 0 < seconds < math.inf):
+            return
+        self.count += 1
+        share = max(self.weight, 1 / self.count)
+        before = seconds / amount if self.value is None else 1 / self.value
+        self.value = 1 / (before + share * (seconds / amount - before))
 
 
 @dataclass
@@ -59,21 +68,21 @@ class Speeds:
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Take in that the engine computed the KV of `tokens` tokens within `seconds`."""
-        self._prefill.observe(_speed(tokens, seconds))
+        self._prefill.observe_speed(tokens, seconds)
 
     def encoded(self, encoder: str, tokens: int, nbytes: int, seconds: float) -> None:
         """Take in that an encoder made `nbytes` bytes of `tokens` tokens within `seconds`."""
-        self._encode.setdefault(encoder, Ewma()).observe(_speed(tokens, seconds))
+        self._encode.setdefault(encoder, Ewma()).observe_speed(tokens, seconds)
         if tokens > 0:
             self._token_bytes.setdefault(encoder, Ewma()).observe(nbytes / tokens)
 
     def read(self, tier: str, nbytes: int, seconds: float) -> None:
         """Take in that `nbytes` bytes came from a tier while reads of it were under way for `seconds`."""
-        self._read.setdefault(tier, Ewma()).observe(_speed(nbytes, seconds))
+        self._read.setdefault(tier, Ewma()).observe_speed(nbytes, seconds)
 
     def onboarded(self, tokens: int, *, wall_s: float, transfer_s: float, decode_s: float) -> None:
         """Take in an onboard that was put in place whole; times as `Counters.onboard_ended` has them."""
-        self._decode.observe(_speed(tokens, decode_s))
+        self._decode.observe_speed(tokens, decode_s)
         self._overhead.observe(max(0.0, wall_s - max(transfer_s, decode_s)))
 
     # --- reading -----------------------------------------------------------------------------------

@@ -395,20 +395,17 @@ def lora(folder: Path) -> dict[str, Any]:
     return result
 
 
-def speculative(folder: Path) -> dict[str, Any]:
-    """Drafts from the prompt itself, so that many are accepted and many are not."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    result: dict[str, Any] = {}
-    for name, options in (("plain", {}), ("speculating", {"speculative_config": drafts})):
-        engine = Engine(folder, tiers=HOST, **options)
-        text = engine.tokens(0, 100)
-        prompt = [*text, *text]
-        result[f"{name} first"] = engine.generate(prompt, tokens=150)[0]
-        engine.forget_local()
-        # Its own answer is in the tiers too: what is asked now begins with it.
-        longer = [*prompt, *result[f"{name} first"]["ids"]]
-        result[f"{name} turn"] = engine.generate(longer, tokens=40)[0]
-        engine.close()
+def speculative(folder: Path, drafts: str) -> dict[str, Any]:
+    """Drafts from the prompt itself, so that many are accepted and many are not; or none, to compare."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    engine = Engine(folder, tiers=HOST, **({"speculative_config": ngram} if drafts == "ngram" else {}))
+    text = engine.tokens(0, 100)
+    prompt = [*text, *text]
+    result: dict[str, Any] = {"first": engine.generate(prompt, tokens=150)[0]}
+    engine.forget_local()
+    # Its own answer is in the tiers too: what is asked now begins with it.
+    result["turn"] = engine.generate([*prompt, *result["first"]["ids"]], tokens=40)[0]
+    engine.close()
     return result
 
 
@@ -425,7 +422,7 @@ def costs(folder: Path) -> dict[str, Any]:
         return link[0]
 
     worker.open_adapter = lambda *args, **kwargs: open_adapter(*args, **kwargs, wrap_tier=slow)  # type: ignore[assignment]
-    engine = Engine(folder, tiers=HOST, decide="measured")
+    engine = Engine(folder, tiers=HOST, decide="measured", disable_log_stats=False)
     text = prompts(engine)
     result: dict[str, Any] = {"first": engine.generate(text["long"])[0]}
     result["prefill"] = engine.adapter.status().speeds["prefill"]

@@ -117,6 +117,26 @@ def test_a_measured_prefill_speed_goes_before_the_configured_one() -> None:
     assert known.prefill == 500.0
 
 
+def test_a_tier_that_becomes_slow_is_seen_at_once() -> None:
+    known = Speeds()
+    known.read("disk1", 10**10, 1.0)
+    known.read("disk1", 10**6, 1.0)
+    assert known.read_speed("disk1") == pytest.approx(2e6, rel=1e-3)
+    for _ in range(20):
+        known.read("disk1", 10**6, 1.0)
+    assert known.read_speed("disk1") == pytest.approx(1e6, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(1e-3, 1e3)), min_size=1, max_size=5))
+def test_the_first_speeds_add_up_in_time(passes: list[tuple[float, float]]) -> None:
+    """As long as the mean is a plain one: the time per unit is the mean of the times per unit."""
+    mean = Ewma()
+    for amount, seconds in passes:
+        mean.observe_speed(amount, seconds)
+    paces = [seconds / amount for amount, seconds in passes]
+    assert mean.value is not None and 1 / mean.value == pytest.approx(sum(paces) / len(paces))
+
+
 def test_impossible_measurements_are_left_out() -> None:
     known = Speeds()
     known.prefilled(0, 1.0)
