@@ -162,6 +162,10 @@ def test_contradictions_are_refused_before_kvbm_takes_memory(
         start(entry(tmp_path, load="layerwise"))
     with pytest.raises(ConfigError, match="LoRA adapters"):
         start(entry(tmp_path), enable_lora=True)
+    parallel = engine_config(entry(tmp_path))
+    parallel.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 2 is not supported yet.*Set"):
+        DynamoConnector(parallel, KVConnectorRole.WORKER, cache_config())
     monkeypatch.setenv("DYN_KVBM_DISK_CACHE_GB", "10")
     with pytest.raises(ConfigError, match="unset DYN_KVBM_DISK_CACHE_GB"):
         start(entry(tmp_path))
