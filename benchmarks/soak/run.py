@@ -11,6 +11,7 @@ import asyncio
 import gc
 import tempfile
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -76,8 +77,8 @@ class _Load:
     free: asyncio.Queue[list[int]]
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: int = 0
-    onboards: list[float] = field(default_factory=list)
-    offloads: list[float] = field(default_factory=list)
+    onboards: array[float] = field(default_factory=lambda: array("d"))
+    offloads: array[float] = field(default_factory=lambda: array("d"))
     most_host_bytes: int = 0
     sessions: int = 0
 
@@ -117,7 +118,7 @@ async def _run(settings: SoakSettings, adapter: TierAdapter) -> dict[str, Any]:
     load = _Load(adapter, cache, sources, free)
     stop = time.monotonic() + settings.seconds
     samples: list[dict[str, float]] = []
-    watch = LoopWatch()
+    watch = LoopWatch(own=("_sessions", "soak", "LoopWatch._run", "main"))
     async with watch.watching():
         running = [
             asyncio.ensure_future(_sessions(load, Random(f"{settings.seed} {number}"), stop))
@@ -164,8 +165,11 @@ async def _session(load: _Load, random: Random) -> None:
         (kind * 7 + step * (1 + random.randrange(2) * (step > 2))) % len(load.sources)
         for step in range(length)
     ]
+    # What follows the system prompt changes with time, or everything would be stored after a while.
+    turn = load.sessions // 200 - (random.random() < 0.3)
+    own = 3 * _PER_TIER_BLOCK
     hashes = [
-        f"{kind}:{path[: index // _PER_TIER_BLOCK + 1]}:{index}".encode()
+        f"{kind}:{path[: index // _PER_TIER_BLOCK + 1]}:{index}:{turn if index >= own else 0}".encode()
         for index in range(length * _PER_TIER_BLOCK)
     ]
     salt = b"tenant-%d" % random.randrange(2)
@@ -241,7 +245,7 @@ def _summary(
         },
         "pinned_at_the_end": sum(stats.pinned_objects for stats in tiers.values()),
         "staging_leased_at_the_end": load.adapter._staging.leased_bytes,
-        "event_loop": watch.summary(("_sessions", "soak", "LoopWatch._run", "main")),
+        "event_loop": watch.summary(),
         "growth_in_the_second_half": {
             name: round(half[-1][name] - half[0][name], 1)
             for name in ("resident_mib", "file_descriptors", "threads", "tasks")
@@ -256,7 +260,7 @@ def _summary(
     }
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
+def _spread(seconds: array[float]) -> dict[str, float]:
     if not seconds:
         return {}
     ordered = sorted(seconds)

@@ -1,4 +1,13 @@
-"""Measurements beside a load: how long the event loop was blocked, and what is in use."""
+"""Measurements beside a load: how long the event loop was blocked, by what, and what is in use.
+
+A callback keeps the loop from everything else from its first to its last moment. That time has three parts,
+and only the first two are of our making:
+
+- processor time of the loop's own thread, garbage collection that strikes it included;
+- waiting while not runnable: for the interpreter's lock that other threads hold, or in a system call;
+- waiting while runnable, because every processor runs something else. Linux counts it for each thread in
+  ``/proc/thread-self/schedstat``.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +17,11 @@ import gc
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from array import array
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +30,61 @@ __all__ = ["LoopWatch", "resources"]
 # How often the loop is asked to answer.
 _INTERVAL_S = 0.002
 
+#: What counts as blocked, in ms.
+_LIMIT_MS = 10.0
+
+_PLACES = {"median": 0.5, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999, "max": 1.0}
+
+
+@dataclass(slots=True)
+class _Callback:
+    """What callbacks of one name took, in ms: the longest, and all."""
+
+    calls: int = 0
+    longest_cpu: float = 0.0
+    longest_blocked: float = 0.0
+    total_cpu: float = 0.0
+
+
+def _column() -> array[float]:
+    # Not a list, whose every number the garbage collector would look at: that is what is measured here.
+    return array("d")
+
+
+@dataclass(slots=True)
+class _Times:
+    """Of every callback, in ms."""
+
+    wall: array[float] = field(default_factory=_column)
+    cpu: array[float] = field(default_factory=_column)
+    #: Wall time without the time in which the thread waited for a processor.
+    blocked: array[float] = field(default_factory=_column)
+
 
 class LoopWatch:
     """Measures how late a task of the loop is woken, and how long each callback keeps the loop to itself.
 
+    Parameters
+    ----------
+    own : tuple[str, ...]
+        Names of tasks and functions of the load, whose callbacks do not count.
+
     Attributes
     ----------
-    late_ms : list[float]
+    late_ms : array
         Of every wake-up, by how much it came after its time: many short callbacks in a row, and on a busy
         machine everybody else's work, are in it.
-    callbacks : dict[str, tuple[int, float, float]]
-        By the name of its task or function: calls, the longest one's processor time, and that of all, in
-        ms. Garbage collection that strikes the loop's thread is in it.
+    callbacks : dict[str, _Callback]
+        By the name of its task or function.
     """
 
-    def __init__(self) -> None:
-        self.late_ms: list[float] = []
-        self.callbacks: dict[str, tuple[int, float, float]] = {}
-        self.collections = 0
-        self.longest_collection_ms = 0.0
+    def __init__(self, own: tuple[str, ...] = ()) -> None:
+        self.late_ms = _column()
+        self.callbacks: defaultdict[str, _Callback] = defaultdict(_Callback)
+        self._own = frozenset(own)
+        self._times = _Times()
+        self._collections: list[int] = [0, 0, 0]
+        self._longest_collection_ms = [0.0, 0.0, 0.0]
         self._collecting_since = 0.0
 
     @asynccontextmanager
@@ -44,40 +92,54 @@ class LoopWatch:
         """Watch the running loop."""
         run = asyncio.events.Handle._run
 
-        def timed(handle: asyncio.events.Handle) -> None:
-            start = time.thread_time()
-            run(handle)
-            self._note(handle, 1e3 * (time.thread_time() - start))
+        with _processor_waits() as waited_ms:
 
-        asyncio.events.Handle._run = timed  # type: ignore[method-assign,assignment]
-        gc.callbacks.append(self._note_collection)
-        task = asyncio.ensure_future(self._run())
-        try:
-            yield self
-        finally:
-            asyncio.events.Handle._run = run  # type: ignore[method-assign]
-            gc.callbacks.remove(self._note_collection)
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            def timed(handle: asyncio.events.Handle) -> None:
+                waited, wall, cpu = waited_ms(), time.perf_counter(), time.thread_time()
+                run(handle)
+                cpu = 1e3 * (time.thread_time() - cpu)
+                wall = 1e3 * (time.perf_counter() - wall)
+                self._note(handle, wall, cpu, max(cpu, wall - (waited_ms() - waited)))
 
-    def _note(self, handle: Any, ms: float) -> None:
+            asyncio.events.Handle._run = timed  # type: ignore[method-assign,assignment]
+            gc.callbacks.append(self._note_collection)
+            task = asyncio.ensure_future(self._run())
+            try:
+                yield self
+            finally:
+                asyncio.events.Handle._run = run  # type: ignore[method-assign]
+                gc.callbacks.remove(self._note_collection)
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    def _note(self, handle: Any, wall: float, cpu: float, blocked: float) -> None:
         owner = getattr(handle._callback, "__self__", None)
         if isinstance(owner, asyncio.Task):
             name = owner.get_coro().__qualname__  # type: ignore[union-attr]
         else:
             name = getattr(handle._callback, "__qualname__", type(handle._callback).__name__)
-        calls, longest, total = self.callbacks.get(name, (0, 0.0, 0.0))
-        self.callbacks[name] = calls + 1, max(longest, ms), total + ms
+        if name in self._own:
+            return
+        noted = self.callbacks[name]
+        noted.calls += 1
+        noted.longest_cpu = max(noted.longest_cpu, cpu)
+        noted.longest_blocked = max(noted.longest_blocked, blocked)
+        noted.total_cpu += cpu
+        self._times.wall.append(wall)
+        self._times.cpu.append(cpu)
+        self._times.blocked.append(blocked)
 
-    def _note_collection(self, phase: str, _: dict[str, int]) -> None:
-        """Python's garbage collector runs in whichever thread it strikes, the loop's too."""
+    def _note_collection(self, phase: str, info: dict[str, int]) -> None:
+        """Python's garbage collector runs in whichever thread it strikes, with the interpreter's lock."""
         now = time.thread_time()
         if phase == "start":
             self._collecting_since = now
-        else:
-            self.collections += 1
-            self.longest_collection_ms = max(self.longest_collection_ms, 1e3 * (now - self._collecting_since))
+            return
+        generation = info["generation"]
+        self._collections[generation] += 1
+        took = 1e3 * (now - self._collecting_since)
+        self._longest_collection_ms[generation] = max(self._longest_collection_ms[generation], took)
 
     async def _run(self) -> None:
         while True:
@@ -85,25 +147,58 @@ class LoopWatch:
             await asyncio.sleep(_INTERVAL_S)
             self.late_ms.append(1e3 * (time.perf_counter() - start - _INTERVAL_S))
 
-    def summary(self, own: tuple[str, ...]) -> dict[str, Any]:
-        """Return the distributions, JSON-ready, without the callbacks of the load, named in `own`."""
-        late = sorted(self.late_ms)
-        product = {name: value for name, value in self.callbacks.items() if name not in own}
-        places = {"median": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
-        by_longest = sorted(product.items(), key=lambda item: -item[1][1])
+    def summary(self) -> dict[str, Any]:
+        """Return the distributions, JSON-ready, without the callbacks of the load."""
+        by_longest = sorted(self.callbacks.items(), key=lambda item: -item[1].longest_blocked)
         return {
-            "longest_callback_cpu_ms": round(max(longest for _, longest, _ in product.values()), 3),
+            "longest_callback_cpu_ms": round(max(self._times.cpu), 3),
+            # Without the time in which the loop's thread could run and no processor was free.
+            "longest_callback_ms": round(max(self._times.blocked), 3),
+            "longest_callback_wall_ms": round(max(self._times.wall), 3),
+            "callbacks_over_10_ms": {
+                "cpu": sum(ms > _LIMIT_MS for ms in self._times.cpu),
+                "own": sum(ms > _LIMIT_MS for ms in self._times.blocked),
+                "wall": sum(ms > _LIMIT_MS for ms in self._times.wall),
+                "of": len(self._times.wall),
+            },
+            "cpu_ms": _distribution(self._times.cpu),
+            "own_ms": _distribution(self._times.blocked),
+            "wall_ms": _distribution(self._times.wall),
             "callbacks": {
-                name: {"calls": calls, "longest_cpu_ms": round(longest, 3), "total_cpu_ms": round(total)}
-                for name, (calls, longest, total) in by_longest[:10]
+                name: {
+                    "calls": noted.calls,
+                    "longest_cpu_ms": round(noted.longest_cpu, 3),
+                    "longest_ms": round(noted.longest_blocked, 3),
+                    "total_cpu_ms": round(noted.total_cpu),
+                }
+                for name, noted in by_longest[:10]
             },
-            "late_ms": {
-                name: round(late[min(len(late) - 1, int(at * len(late)))], 3) for name, at in places.items()
-            },
-            "samples": len(late),
-            "garbage_collections": self.collections,
-            "longest_garbage_collection_cpu_ms": round(self.longest_collection_ms, 3),
+            "late_ms": _distribution(self.late_ms),
+            "samples": len(self.late_ms),
+            "garbage_collections": self._collections,
+            "longest_garbage_collection_cpu_ms": [round(ms, 3) for ms in self._longest_collection_ms],
         }
+
+
+@contextlib.contextmanager
+def _processor_waits() -> Iterator[Any]:
+    """Give a function: milliseconds for which this thread has waited for a processor so far."""
+    try:
+        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:  # a kernel without CONFIG_SCHED_INFO: everything counts as ours
+        yield lambda: 0.0
+        return
+    try:
+        yield lambda: int(os.pread(file, 64, 0).split()[1]) / 1e6
+    finally:
+        os.close(file)
+
+
+def _distribution(values: array[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        name: round(ordered[min(len(ordered) - 1, int(at * len(ordered)))], 3) for name, at in _PLACES.items()
+    }
 
 
 def resources() -> dict[str, float]:

@@ -20,8 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dynamo_kvtc.cli.key_files import exposed_key_files, key_files
 from dynamo_kvtc.cli.output import JsonFlag, format_bytes, print_json, print_line, print_table
 from dynamo_kvtc.cli.probes import PROBES, run_probe
+from dynamo_kvtc.config import DiskTierConfig, check_config
+from dynamo_kvtc.errors import ConfigError, TierError
+from dynamo_kvtc.tiers.access import check_private
+from dynamo_kvtc.tiers.encryption_keys import read_key
 
 __all__ = ["Check", "command", "examine"]
 
@@ -52,6 +57,10 @@ def command(
     timeout: Annotated[
         float, typer.Option(help="Seconds that each probe (torch, NIXL, nvCOMP) may take.", min=1, max=600)
     ] = 60.0,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A configuration whose encryption keys and disk folders are looked at, too."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check what works on this machine and say what to do about the rest.
@@ -59,7 +68,7 @@ def command(
     Transfers a few bytes through NIXL's UCX and POSIX backends. Exits with 1 if something that the core
     needs does not work.
     """
-    checks = examine(timeout)
+    checks = [*examine(timeout), *(() if config is None else _configured(config))]
     healthy = all(check.status != "failed" for check in checks)
     if json:
         print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
@@ -84,6 +93,39 @@ def examine(timeout_s: float) -> list[Check]:
         _shared_memory(),
         _memlock(),
     ]
+
+
+def _configured(path: Path) -> Iterator[Check]:
+    """Look at what a configuration names on this machine: is it there, and private?"""
+    config, problems = check_config(path)
+    if config is None:
+        advice = f"dynamo-kvtc validate-config {path}"
+        yield Check("configuration", "failed", "; ".join(map(str, problems[:3])), advice)
+        return
+    exposed = {one.path: one for one in exposed_key_files(config)}
+    for file, name in key_files(config).items():
+        if file in exposed:
+            status: Status = "failed" if exposed[file].refused else "warning"
+            yield Check(f"key {name}", status, exposed[file].problem, exposed[file].advice)
+            continue
+        try:
+            read_key(name, file)
+        except ConfigError as error:
+            yield Check(f"key {name}", "failed", str(error), "a worker does not start without its keys")
+        else:
+            yield Check(f"key {name}", "ok", f"{file}, private")
+    for tier in config.tiers:
+        if isinstance(tier, DiskTierConfig):
+            try:
+                check_private(tier.path, "refuse")
+            except TierError as error:
+                refused = config.security.open_folders == "refuse"
+                allowed = config.security.open_folders == "allow"
+                found: Status = "failed" if refused else "ok" if allowed else "warning"
+                yield Check("tier folder", found, str(error), "")
+            else:
+                there = "private" if tier.path.exists() else "not there yet; it is made private"
+                yield Check("tier folder", "ok", f"{tier.path}, {there}")
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dynamo_kvtc.cli.key_files import exposed_key_files
 from dynamo_kvtc.cli.output import JsonFlag, print_json, print_line
 from dynamo_kvtc.config import check_config
 
@@ -22,16 +23,18 @@ def command(
 ) -> None:
     """Check configuration files: keys, types, units, bounds, contradictions.
 
-    Only the files themselves are read: artifact and tier folders may lie on another machine. Exits
-    with 1 if any file has a problem.
+    Only the files themselves are read: artifact and tier folders may lie on another machine. Key files that
+    are on this one are warned of if others have access to them. Exits with 1 if any file has a problem.
     """
     report = []
     for path in files:
         config, problems = check_config(path) if environment else check_config(path, {})
+        warnings = [] if config is None else [str(exposed) for exposed in exposed_key_files(config)]
         report.append(
             {
                 "file": str(path),
                 "valid": config is not None,
+                "warnings": warnings,
                 "problems": [
                     {"where": problem.where, "source": problem.source, "message": problem.message}
                     for problem in problems
@@ -41,6 +44,8 @@ def command(
         if not json:
             for problem in problems:
                 print_line(f"{path}: {problem}")
+            for warning in warnings:
+                print_line(f"{path}: warning: {warning}")
             if config is not None:
                 print_line(f"{path}: valid")
     if json:

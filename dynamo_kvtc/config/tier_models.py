@@ -55,10 +55,11 @@ class EncryptionKeyConfig(Section):
     """A master key."""
 
     id: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
-    """Name of the key, kept (hashed) in every object; never give another key the same name."""
+    """Name of the key, for people; objects name it by an id that follows from its content."""
 
     file: ConfigPath
-    """File with 32 random bytes, as they are, in hexadecimal or in base64; such as a mounted Secret."""
+    """File with 32 random bytes, as they are, in hexadecimal or in base64; such as a mounted Secret. Refused
+    where others than its owner may write it, warned of where anybody may read it."""
 
 
 class EncryptionConfig(Section):

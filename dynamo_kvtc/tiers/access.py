@@ -1,4 +1,4 @@
-"""Whether a folder of stored KV is private to the user of this process."""
+"""Whether stored KV, and the keys it is sealed with, are private to the user of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from dynamo_kvtc.errors import TierError
 
-__all__ = ["OpenFolders", "check_private"]
+__all__ = ["OpenFolders", "check_private", "key_file_exposure"]
 
 #: What to do about a folder that others may enter: start with a warning, refuse to start, or say nothing.
 OpenFolders = Literal["warn", "refuse", "allow"]
@@ -45,6 +45,21 @@ def check_private(folder: Path, how: OpenFolders) -> None:
     if how == "refuse":
         raise TierError(message)
     _log.warning(message)
+
+
+def key_file_exposure(mode: int) -> tuple[str, bool] | None:
+    """Say what is wrong with a key file of this mode, and whether that is a reason to refuse it.
+
+    Who may write it decides what future objects are sealed with, so that is refused. Who may read it can
+    open what is stored; that is no reason to refuse, since the files of a Kubernetes Secret are readable by
+    everybody in their container unless `defaultMode` says otherwise.
+    """
+    shown = f"mode {stat.S_IMODE(mode):04o}"
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others than its owner may write it ({shown})", True
+    if mode & stat.S_IROTH:
+        return f"anybody on this machine may read it ({shown})", False
+    return None
 
 
 def _open_to_others(folder: Path) -> str | None:

@@ -15,6 +15,10 @@ never be used twice with one key, whatever a restart forgets. A frame's associat
 tier key, the plain size of the object and the frame's number: a frame cannot be moved to another place,
 another object or another key, and an object cannot be cut short. Frames can be opened one by one, so ranges
 can be read.
+
+An object is stored under a key of its own, the tier key with the master key's id folded into its tenant tag
+(`stored_key`). So a tier that lacks the master key does not find the object in the first place, and a plain
+tier and an encrypted one never see each other's.
 """
 
 from __future__ import annotations
@@ -24,10 +28,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamo_kvtc.errors import ObjectCorruptError
-from dynamo_kvtc.tiers.base import TierKey, tenant_of
+from dynamo_kvtc.tiers.base import TENANT_BYTES, TierKey, tenant_of
 from dynamo_kvtc.tiers.encryption_keys import KEY_ID_BYTES, OBJECT_SALT_BYTES, KeyRing
 
-__all__ = ["FRAME_BYTES", "HEADER_BYTES", "Frames", "header_cipher", "new_header", "open_frames", "seal"]
+__all__ = [
+    "FRAME_BYTES",
+    "HEADER_BYTES",
+    "Frames",
+    "header_cipher",
+    "new_header",
+    "open_frames",
+    "seal",
+    "stored_key",
+]
 
 _MAGIC = b"KVTE\x01\x00\x00\x00"
 
@@ -95,9 +108,15 @@ def plain_size(sealed: int) -> int | None:
     return size if size > 0 and sealed_size(size) == sealed else None
 
 
+def stored_key(key: TierKey, key_id: bytes) -> TierKey:
+    """Return the key that an object sealed with a master key is stored under; its own inverse."""
+    tag = int.from_bytes(key[-TENANT_BYTES:], "little") ^ int.from_bytes(key_id, "little")
+    return key[:-TENANT_BYTES] + tag.to_bytes(TENANT_BYTES, "little")
+
+
 def new_header(ring: KeyRing) -> bytes:
     """Return the header of a new object."""
-    return _MAGIC + ring.active_id + secrets.token_bytes(OBJECT_SALT_BYTES)
+    return _MAGIC + ring.ids[0] + secrets.token_bytes(OBJECT_SALT_BYTES)
 
 
 def header_cipher(header: bytes, key: TierKey, ring: KeyRing) -> Any:
@@ -106,7 +125,8 @@ def header_cipher(header: bytes, key: TierKey, ring: KeyRing) -> Any:
     Raises
     ------
     ObjectCorruptError
-        If the header is none, or names a key that is not there: the object is a miss.
+        If the header is none, or names a key that is not there: the object is a miss. Neither happens to
+        objects under a `stored_key` that nobody tampered with.
     """
     if not header.startswith(_MAGIC):
         raise ObjectCorruptError(f"object {key.hex()} is not encrypted, or damaged; it is a miss")

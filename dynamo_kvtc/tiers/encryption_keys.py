@@ -4,19 +4,21 @@ Needs the extra ``encryption``.
 
 Derivation, all with HKDF-SHA256 (RFC 5869) and 256-bit results::
 
+    key id     = HKDF(master key, info = "dynamo-kvtc key id v1"), first 8 bytes
     tenant key = HKDF(master key, info = "dynamo-kvtc tenant v1" || tenant tag)
     object key = HKDF(tenant key, salt = the object's 32 random bytes, info = "dynamo-kvtc object v1")
 
-The tenant tag is part of the tier key (`dynamo_kvtc.tiers.base.tenant_tag`), so that whoever reads an object
-needs no further state.
+The tenant tag is part of the tier key (`dynamo_kvtc.tiers.base.tenant_of`), so that whoever reads an object
+needs no further state. The key id names a master key in objects and in their names; another key has another
+id, whatever people call it.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import stat
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,13 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_kvtc.errors import ConfigError, MissingDependencyError
+from dynamo_kvtc.tiers.access import key_file_exposure
 
-__all__ = ["KEY_ID_BYTES", "OBJECT_SALT_BYTES", "KeyRing", "MasterKey", "read_key"]
+__all__ = ["KEY_FILE_ADVICE", "KEY_ID_BYTES", "OBJECT_SALT_BYTES", "KeyRing", "MasterKey", "read_key"]
+
+_log = logging.getLogger(__name__)
+
+#: What to do about a key file that others have access to.
+KEY_FILE_ADVICE = "chmod 0600 {path}, or in Kubernetes set defaultMode: 0400 on the Secret's volume"
 
 #: Bytes of a master key, a tenant key and an object key.
 _KEY_BYTES = 32
 
-#: Bytes of a master key's id in an object's header.
+#: Bytes of a master key's id, in objects' headers and folded into their names.
 KEY_ID_BYTES = 8
 
 #: Random bytes of each object.
@@ -47,18 +55,13 @@ class MasterKey:
     Attributes
     ----------
     name : str
-        Says which key it is, in configurations and, hashed, in objects. Never give two keys the same name.
+        What people call it, in configurations and messages.
     secret : bytes
         32 bytes.
     """
 
     name: str
     secret: bytes = field(repr=False)
-
-    @property
-    def id(self) -> bytes:
-        """What objects name the key by."""
-        return hashlib.blake2b(self.name.encode(), digest_size=KEY_ID_BYTES, person=b"kvtc-key-id").digest()
 
 
 def read_key(name: str, path: Path) -> MasterKey:
@@ -67,16 +70,20 @@ def read_key(name: str, path: Path) -> MasterKey:
     Raises
     ------
     ConfigError
-        If the file cannot be read, anybody may write it, or it holds something else.
+        If the file cannot be read, others than its owner may write it, or it holds something else.
     """
     try:
         with path.open("rb") as file:
-            mode = path.stat().st_mode
+            mode = os.fstat(file.fileno()).st_mode
             content = file.read(_MAX_FILE_BYTES)
     except OSError as error:
         raise ConfigError(f"cannot read the encryption key {name} from {path}: {error}") from error
-    if mode & stat.S_IWOTH:
-        raise ConfigError(f"anybody may write the encryption key {path}: chmod 0600 {path}")
+    exposure = key_file_exposure(mode)
+    if exposure is not None:
+        message = f"encryption key {path}: {exposure[0]}; {KEY_FILE_ADVICE.format(path=path)}"
+        if exposure[1]:
+            raise ConfigError(message)
+        _log.warning(message)
     secret = _decode(content)
     if secret is None:
         raise ConfigError(
@@ -106,22 +113,29 @@ class KeyRing:
     Parameters
     ----------
     keys : tuple[MasterKey, ...]
-        At least one, with different names.
+        At least one, with different names and different secrets.
+
+    Attributes
+    ----------
+    ids : tuple[bytes, ...]
+        The keys' ids, the one that encrypts first.
 
     Raises
     ------
     ConfigError
-        If two keys have one name.
+        If two keys have one name or are the same.
     MissingDependencyError
         If the cryptography package is not installed.
     """
 
     def __init__(self, *keys: MasterKey) -> None:
-        self._keys: Mapping[bytes, MasterKey] = {key.id: key for key in keys}
-        if not keys or len(self._keys) < len(keys):
-            raise ConfigError("encryption needs at least one key, and a different id for each")
-        self.active_id = keys[0].id
         self._hazmat = _load_cryptography()
+        self._keys: Mapping[bytes, MasterKey] = {self._id(key): key for key in keys}
+        if not keys or len({key.name for key in keys}) < len(keys):
+            raise ConfigError("encryption needs at least one key, and a different id for each")
+        if len(self._keys) < len(keys):
+            raise ConfigError("two encryption keys are the same: a new key needs new random bytes")
+        self.ids = tuple(self._keys)
         # Onboarding reads an object several times in a row, and a tenant's objects together.
         self._tenant_key = lru_cache(1024)(self._derive_tenant_key)
         self._cipher = lru_cache(4096)(self._make_cipher)
@@ -129,6 +143,9 @@ class KeyRing:
     def cipher(self, key_id: bytes, tenant: bytes, object_salt: bytes) -> Any | None:
         """Return the AES-256-GCM cipher (``cryptography``'s AESGCM) of one object; None for unknown keys."""
         return self._cipher(key_id, tenant, object_salt) if key_id in self._keys else None
+
+    def _id(self, key: MasterKey) -> bytes:
+        return self._hkdf(key.secret, b"", b"dynamo-kvtc key id v1")[:KEY_ID_BYTES]
 
     def _derive_tenant_key(self, key_id: bytes, tenant: bytes) -> bytes:
         return self._hkdf(self._keys[key_id].secret, b"", b"dynamo-kvtc tenant v1" + tenant)

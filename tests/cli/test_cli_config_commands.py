@@ -57,3 +57,21 @@ def test_the_environment_can_be_left_out(flag: str, code: int) -> None:
     env = {"DYNAMO_KVTC__CODEC__RATIO": "lots"}
     shown = runner.invoke(app, ["validate-config", flag, str(CONFIGS / "default.yaml")], env=env)
     assert shown.exit_code == code
+
+
+def test_key_files_that_others_have_access_to_are_warned_of(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(bytes(32))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "codec: {profile: raw}\n"
+        "tiers:\n  - kind: host\n    capacity: 1GiB\n"
+        "    encryption: {keys: [{id: a, file: key}, {id: b, file: gone}]}\n"
+    )
+    for mode, expected in ((0o600, ""), (0o644, "may read it"), (0o622, "refuses to start")):
+        key.chmod(mode)
+        shown = runner.invoke(app, ["validate-config", str(path)])
+        assert shown.exit_code == 0 and f"{path}: valid" in shown.stdout
+        assert expected in shown.stdout and ("warning" in shown.stdout) is bool(expected)
+    (report,) = json.loads(runner.invoke(app, ["validate-config", "--json", str(path)]).stdout)
+    assert len(report["warnings"]) == 1 and str(key) in report["warnings"][0]

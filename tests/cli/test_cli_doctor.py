@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +130,27 @@ def test_a_probe_that_hangs_or_crashes_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_a_probe_that_raises_is_an_error() -> None:
     assert "KeyError" in probes.run_probe("no such probe", 60.0)["error"]
+
+
+def test_a_configurations_keys_and_folders_are_looked_at(
+    found: dict[str, Any], wheels: dict[str, str], tmp_path: Path
+) -> None:
+    names = ("private", "readable", "writable", "absent")
+    for name, mode in zip(names, (0o600, 0o644, 0o660), strict=False):
+        (tmp_path / name).write_bytes(name.encode().ljust(32, b"."))
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "tier").mkdir(mode=0o755)
+    path = tmp_path / "config.yaml"
+    keys = ", ".join(f"{{id: {name}, file: {name}}}" for name in names)
+    path.write_text(
+        "codec: {profile: raw}\n"
+        f"tiers: [{{kind: disk, path: tier, capacity: 1GiB, encryption: {{keys: [{keys}]}}}}]\n"
+    )
+    shown = runner.invoke(app, ["doctor", "--json", "--config", str(path)])
+    assert shown.exit_code == 1
+    status = {check["name"]: check["status"] for check in json.loads(shown.stdout)["checks"]}
+    assert [status[f"key {name}"] for name in names] == ["ok", "warning", "failed", "failed"]
+    assert status["tier folder"] == "warning"
+    path.write_text("tiers: 7\n")
+    shown = runner.invoke(app, ["doctor", "--json", "--config", str(path)])
+    assert shown.exit_code == 1 and "validate-config" in shown.stdout

@@ -67,13 +67,27 @@ async def test_kv_at_rest_is_sealed_and_comes_back_with_its_key_only(tmp_path: P
         assert file.stat().st_mode & 0o077 == 0
     async with await _open(tmp_path, "two", "one") as adapter:  # rotated
         assert await _served(adapter)
-    async with await _open(tmp_path, "two") as adapter:  # the old key is gone: misses, never garbage
-        for _ in range(2):  # each object is found out when it is read, and is a miss from then on
-            destination = make_cache(8, filled=False)
-            with pytest.raises(OnboardError, match="key that is not configured"):
-                await adapter.onboard(SequenceBlocks(HASHES, range(8)), destination).wait()
-            ticket = adapter.offload(SequenceBlocks(HASHES, range(8)), make_cache(8, filled=True))
-            assert (await ticket.wait()).stored == 1
+    async with await _open(tmp_path, "two") as adapter:  # the old key is gone: misses from the start
+        assert await adapter.lookup(HASHES) == 0
+        with pytest.raises(OnboardError, match="no tier has a sound object"):
+            await adapter.onboard(SequenceBlocks(HASHES, range(8)), make_cache(8, filled=False)).wait()
+        await _store(adapter)
+        assert await _served(adapter)
+    # With both keys a worker finds what either sealed, and stores nothing twice.
+    async with await _open(tmp_path, "one", "two") as adapter:
+        ticket = adapter.offload(SequenceBlocks(HASHES, range(8)), make_cache(8, filled=True))
+        assert (await ticket.wait()).already_stored == 2
+        assert await _served(adapter)
+
+
+async def test_another_key_under_the_same_name_finds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "one.key").write_bytes(bytes(range(32)))
+    async with await _open(tmp_path, "one") as adapter:
+        await _store(adapter)
+    (tmp_path / "one.key").write_bytes(bytes(range(1, 33)))
+    async with await _open(tmp_path, "one") as adapter:
+        assert await adapter.lookup(HASHES) == 0
+        await _store(adapter)
         assert await _served(adapter)
 
 

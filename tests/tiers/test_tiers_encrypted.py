@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 from pathlib import Path
@@ -15,10 +16,11 @@ pytest.importorskip("cryptography", reason="needs cryptography: pip install 'dyn
 from dynamo_kvtc.errors import ConfigError, ObjectCorruptError, ObjectMissingError
 from dynamo_kvtc.testing import TierWrapper
 from dynamo_kvtc.testing.conformance import TierConformance, TierDriver, object_bytes, object_key
+from dynamo_kvtc.testing.fault_suite import TierFaultSuite
 from dynamo_kvtc.testing.stateful import check_tier_against_model
 from dynamo_kvtc.tiers import DiskTier, HostTier, Namespace, ReadRequest, SharedDiskTier, Tier
 from dynamo_kvtc.tiers import encryption_format as form
-from dynamo_kvtc.tiers.base import tenant_of
+from dynamo_kvtc.tiers.base import KEY_BYTES, tenant_of
 from dynamo_kvtc.tiers.encrypted import EncryptedTier
 from dynamo_kvtc.tiers.encryption_keys import KeyRing, MasterKey, read_key
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
@@ -58,6 +60,17 @@ class TestEncryptedSharedTier(_Sealed):
 
     async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
         return await encrypt(await SharedDiskTier.open(agent, folder / "shared", capacity_bytes), agent)
+
+
+class TestEncryptedHostTierUnderFaults(TierFaultSuite):
+    # Unlike the plain host tier, an encrypted one notices bytes that changed.
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        return await encrypt(await HostTier.open(agent, capacity_bytes), agent)
+
+
+class TestEncryptedDiskTierUnderFaults(TierFaultSuite):
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        return await open_disk(agent, folder, capacity_bytes)
 
 
 def test_an_encrypted_tier_agrees_with_the_model() -> None:
@@ -148,37 +161,144 @@ def test_keys_are_read_in_three_forms_and_refused_otherwise(tmp_path: Path) -> N
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="openssl rand"):
             read_key("k", path)
-    path.write_bytes(secret)
-    path.chmod(0o602)
-    with pytest.raises(ConfigError, match="anybody may write"):
-        read_key("k", path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_key("k", tmp_path / "missing")
     with pytest.raises(ConfigError, match="a different id for each"):
         KeyRing(NEW, MasterKey(NEW.name, OLD.secret))
+    with pytest.raises(ConfigError, match="are the same"):
+        KeyRing(NEW, MasterKey(OLD.name, NEW.secret))
+
+
+def test_key_files_that_others_may_write_are_refused_and_readable_ones_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(NEW.secret)
+    for mode in (0o400, 0o600, 0o440):
+        path.chmod(mode)
+        assert read_key("k", path) == MasterKey("k", NEW.secret)
+    assert not caplog.records
+    for mode in (0o444, 0o644):  # what a Secret's volume gives if nobody says otherwise
+        caplog.clear()
+        path.chmod(mode)
+        assert read_key("k", path).secret == NEW.secret
+        (record,) = caplog.records
+        assert (
+            "anybody on this machine may read it" in record.message and "defaultMode: 0400" in record.message
+        )
+        assert record.levelname == "WARNING" and NEW.secret.hex() not in record.message
+    for mode in (0o602, 0o620, 0o660, 0o666):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=r"may write it .*chmod 0600"):
+            read_key("k", path)
+
+
+@given(key=st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES))
+def test_names_tell_keys_apart_and_lead_back(key: bytes) -> None:
+    ids = KeyRing(NEW, OLD).ids
+    names = [form.stored_key(key, key_id) for key_id in ids]
+    assert len({key, *names}) == 3 and all(len(name) == KEY_BYTES for name in names)
+    assert [form.stored_key(name, key_id) for name, key_id in zip(names, ids, strict=True)] == [key, key]
+    # The id is the secret's, whatever it is called.
+    assert KeyRing(MasterKey("another name", NEW.secret)).ids == ids[:1]
+    assert KeyRing(MasterKey(NEW.name, bytes(32))).ids[0] not in ids
 
 
 async def test_rotation_reads_both_keys_and_writes_the_first(
     agent: TransferAgent, staging: StagingPool
 ) -> None:
     host = await HostTier.open(agent, 1 << 20)
+    sealing = await StagingPool.create(agent, 1 << 20)
 
     def with_keys(*keys: MasterKey) -> TierDriver:
         return TierDriver(EncryptedTier(host, KeyRing(*keys), sealing), staging)
 
-    sealing = await StagingPool.create(agent, 1 << 20)
     await with_keys(OLD).put(1, 5000)
     both = with_keys(NEW, OLD)
+    assert not await both.put(1, 5000)  # it is there, and can be read
     await both.put(2, 5000)
     assert await both.get(1, 0, 5000) == object_bytes(1, 5000)
     only_new = with_keys(NEW)
     assert await only_new.get(2, 0, 5000) == object_bytes(2, 5000)
-    with pytest.raises(ObjectCorruptError, match="not configured"):
+    # What the old key sealed is a miss from the start, and does not stand in the way of what can be read.
+    assert await only_new.prefix(1) == 0 and only_new.tier.size_of(object_key(1)) is None
+    with pytest.raises(ObjectMissingError):
         await only_new.get(1, 0, 5000)
-    # A miss from then on, and room for what can be read.
-    assert only_new.tier.size_of(object_key(1)) is None
+    assert only_new.tier.pin([object_key(1)]) == [] and await only_new.tier.evict([object_key(1)]) == 0
     assert await only_new.put(1, 5000)
     assert await only_new.get(1, 0, 5000) == object_bytes(1, 5000)
+    assert only_new.tier.stats().corrupt_dropped == 0
+    # The copy of the old key is still there for who has that key only, and goes with the other one.
+    assert await with_keys(OLD).get(1, 0, 5000) == object_bytes(1, 5000)
+    assert await both.tier.evict([object_key(1)]) == 1
+    assert [await driver.prefix(1) for driver in (both, only_new, with_keys(OLD))] == [0, 0, 0]
+
+
+@given(sealed_with=st.lists(st.sampled_from(["old", "new", "both", "foreign", "none"]), max_size=9))
+@settings(max_examples=30, deadline=None)
+def test_a_prefix_of_two_live_keys_is_found_whole(sealed_with: list[str]) -> None:
+    """Reference: an object counts if either live key sealed it."""
+
+    async def look() -> None:
+        async with await TransferAgent.create() as agent:
+            staging, sealing = [await StagingPool.create(agent, 1 << 20) for _ in range(2)]
+            host = await HostTier.open(agent, 1 << 20)
+            rings = {"old": KeyRing(OLD), "new": KeyRing(NEW), "foreign": KeyRing(MasterKey("x", bytes(32)))}
+            for number, those in enumerate(sealed_with):
+                for name in {"both": ("old", "new"), "none": ()}.get(those, (those,)):
+                    driver = TierDriver(EncryptedTier(host, rings[name], sealing), staging)
+                    assert await driver.put(number, 3000)
+            tier = EncryptedTier(host, KeyRing(NEW, OLD), sealing)
+            keys = [object_key(number) for number in range(len(sealed_with))]
+            there = [those not in ("none", "foreign") for those in sealed_with]
+            expected = [*there, False].index(False)
+            assert await tier.contains_prefix(keys) == expected
+            assert (tier.stats().lookups, tier.stats().hits) == (len(keys), expected)
+            assert [tier.size_of(key) is not None for key in keys] == there
+            driver = TierDriver(tier, staging)
+            for number in range(expected):
+                assert await driver.get(number, 7, 2000) == object_bytes(number, 3000)[7:2007]
+            await tier.close()
+            await staging.close()
+
+    asyncio.run(look())
+
+
+async def test_pins_and_events_follow_an_object_from_key_to_key(
+    agent: TransferAgent, staging: StagingPool
+) -> None:
+    host = await HostTier.open(agent, 1 << 20)
+    sealing = await StagingPool.create(agent, 1 << 20)
+    old = TierDriver(EncryptedTier(host, KeyRing(OLD), sealing), staging)
+    await old.put(1, 5000)
+    both = EncryptedTier(host, KeyRing(NEW, OLD), sealing)
+    told: list[tuple[int, bool]] = []
+    numbers = {object_key(number): number for number in range(3)}
+    # Names lead to more than one key; those that are nobody's are passed over, as the pipeline does.
+    both.watch(lambda key, stored: told.append((numbers[key], stored)) if key in numbers else None)
+    assert both.pin([object_key(1), object_key(2)]) == [object_key(1)]
+    assert await both.evict([object_key(1)]) == 0
+    both.unpin([object_key(1)])
+    both.unpin([object_key(1)])
+    assert await both.evict([object_key(1)]) == 1
+    driver = TierDriver(both, staging)
+    await driver.put(2, 5000)
+    await driver.tier.clear()
+    assert told == [(1, False), (2, True), (2, False)]
+
+
+async def test_a_prefix_of_two_keys_is_evicted_from_its_far_end(
+    agent: TransferAgent, staging: StagingPool
+) -> None:
+    host = await HostTier.open(agent, 1 << 20)
+    sealing = await StagingPool.create(agent, 1 << 20)
+    for number, key in enumerate((NEW, OLD, NEW, OLD)):
+        await TierDriver(EncryptedTier(host, KeyRing(key), sealing), staging).put(number, 1000)
+    both = EncryptedTier(host, KeyRing(NEW, OLD), sealing)
+    assert await both.contains_prefix([object_key(number) for number in range(4)]) == 4
+    (new, old) = both._ring.ids
+    expected = [form.stored_key(object_key(n), old if n % 2 else new) for n in (3, 2, 1, 0)]
+    assert list(host._index.oldest_first()) == expected
 
 
 async def test_each_tenant_has_a_key_of_its_own(agent: TransferAgent, staging: StagingPool) -> None:
@@ -190,7 +310,7 @@ async def test_each_tenant_has_a_key_of_its_own(agent: TransferAgent, staging: S
     ring, salt = KeyRing(NEW), bytes(32)
     nonce, plain = bytes(12), bytes(64)
     sealed = {
-        ring.cipher(NEW.id, tenant_of(key), salt).encrypt(nonce, plain, b"")  # type: ignore[union-attr]
+        ring.cipher(ring.ids[0], tenant_of(key), salt).encrypt(nonce, plain, b"")  # type: ignore[union-attr]
         for key in (one, two)
     }
     assert len(sealed) == 2
@@ -237,12 +357,19 @@ async def test_plain_and_sealed_objects_are_never_taken_for_each_other(
     agent: TransferAgent, staging: StagingPool
 ) -> None:
     host = await HostTier.open(agent, 1 << 20)
-    sealed, plain = TierDriver(await encrypt(host, agent), staging), TierDriver(host, staging)
+    tier = await encrypt(host, agent)
+    sealed, plain = TierDriver(tier, staging), TierDriver(host, staging)
     await plain.put(1, form.sealed_size(1000))  # a size that a sealed object could have
-    with pytest.raises(ObjectCorruptError, match="not encrypted"):
-        await sealed.get(1, 0, 1000)
     await sealed.put(2, 1000)
-    assert await plain.get(2, form.HEADER_BYTES, 1000) != object_bytes(2, 1000)
+    assert await sealed.prefix(1) == await plain.prefix(2) == 0
+    # Not even where somebody moved a plain object under the name of a sealed one.
+    name = form.stored_key(object_key(3), tier._ring.ids[0])
+    async with staging.lease(form.sealed_size(1000), 5) as span:
+        span.view[:] = object_bytes(3, span.nbytes)
+        await host.put(name, span, timeout_s=5)
+    with pytest.raises(ObjectCorruptError, match="not encrypted"):
+        await sealed.get(3, 0, 1000)
+    assert await sealed.prefix(3) == 0
 
 
 async def test_an_object_that_another_worker_replaced_is_read_anew(
@@ -252,7 +379,7 @@ async def test_an_object_that_another_worker_replaced_is_read_anew(
     mine, theirs = [TierDriver(await encrypt(_Silent(host), agent), staging) for _ in range(2)]
     await mine.put(1, 5000)
     assert await mine.get(1, 0, 5000) == object_bytes(1, 5000)
-    await host.evict([object_key(1)])
+    await host.clear()
     await theirs.put(1, 5000)
     assert await mine.get(1, 0, 5000) == object_bytes(1, 5000)
 
