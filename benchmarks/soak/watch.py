@@ -1,9 +1,9 @@
 """Measurements beside a load: how long the event loop was blocked, by what, and what is in use.
 
-A callback keeps the loop from everything else from its first to its last moment. That time has three parts,
-and only the first two are of our making:
+A callback keeps the loop from everything else from its first to its last moment. That time has four parts:
 
-- processor time of the loop's own thread, garbage collection that strikes it included;
+- processor time of what the callback does itself;
+- garbage collection of Python's that strikes the loop's thread: it looks at every object of the process;
 - waiting while not runnable: for the interpreter's lock that other threads hold, or in a system call;
 - waiting while runnable, because every processor runs something else. Linux counts it for each thread in
   ``/proc/thread-self/schedstat``.
@@ -41,6 +41,7 @@ class _Callback:
     """What callbacks of one name took, in ms: the longest, and all."""
 
     calls: int = 0
+    longest_work: float = 0.0
     longest_cpu: float = 0.0
     longest_blocked: float = 0.0
     total_cpu: float = 0.0
@@ -56,6 +57,8 @@ class _Times:
     """Of every callback, in ms."""
 
     wall: array[float] = field(default_factory=_column)
+    #: Processor time without garbage collection, and with it.
+    work: array[float] = field(default_factory=_column)
     cpu: array[float] = field(default_factory=_column)
     #: Wall time without the time in which the thread waited for a processor.
     blocked: array[float] = field(default_factory=_column)
@@ -86,20 +89,25 @@ class LoopWatch:
         self._collections: list[int] = [0, 0, 0]
         self._longest_collection_ms = [0.0, 0.0, 0.0]
         self._collecting_since = 0.0
+        self._collected_ms = 0.0
+        self._thread = 0
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[LoopWatch]:
         """Watch the running loop."""
         run = asyncio.events.Handle._run
+        self._thread = threading.get_ident()
 
         with _processor_waits() as waited_ms:
 
             def timed(handle: asyncio.events.Handle) -> None:
-                waited, wall, cpu = waited_ms(), time.perf_counter(), time.thread_time()
+                waited, collected = waited_ms(), self._collected_ms
+                wall, cpu = time.perf_counter(), time.thread_time()
                 run(handle)
                 cpu = 1e3 * (time.thread_time() - cpu)
                 wall = 1e3 * (time.perf_counter() - wall)
-                self._note(handle, wall, cpu, max(cpu, wall - (waited_ms() - waited)))
+                work = cpu - (self._collected_ms - collected)
+                self._note(handle, wall, work, cpu, max(cpu, wall - (waited_ms() - waited)))
 
             asyncio.events.Handle._run = timed  # type: ignore[method-assign,assignment]
             gc.callbacks.append(self._note_collection)
@@ -113,7 +121,7 @@ class LoopWatch:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
-    def _note(self, handle: Any, wall: float, cpu: float, blocked: float) -> None:
+    def _note(self, handle: Any, wall: float, work: float, cpu: float, blocked: float) -> None:
         owner = getattr(handle._callback, "__self__", None)
         if isinstance(owner, asyncio.Task):
             name = owner.get_coro().__qualname__  # type: ignore[union-attr]
@@ -123,10 +131,12 @@ class LoopWatch:
             return
         noted = self.callbacks[name]
         noted.calls += 1
+        noted.longest_work = max(noted.longest_work, work)
         noted.longest_cpu = max(noted.longest_cpu, cpu)
         noted.longest_blocked = max(noted.longest_blocked, blocked)
         noted.total_cpu += cpu
         self._times.wall.append(wall)
+        self._times.work.append(work)
         self._times.cpu.append(cpu)
         self._times.blocked.append(blocked)
 
@@ -140,6 +150,8 @@ class LoopWatch:
         self._collections[generation] += 1
         took = 1e3 * (now - self._collecting_since)
         self._longest_collection_ms[generation] = max(self._longest_collection_ms[generation], took)
+        if threading.get_ident() == self._thread:
+            self._collected_ms += took
 
     async def _run(self) -> None:
         while True:
@@ -149,26 +161,28 @@ class LoopWatch:
 
     def summary(self) -> dict[str, Any]:
         """Return the distributions, JSON-ready, without the callbacks of the load."""
-        by_longest = sorted(self.callbacks.items(), key=lambda item: -item[1].longest_blocked)
+        times = self._times
+        measures = {
+            # Processor time of the callbacks' own work; with garbage collection; with waiting for locks and
+            # system calls as well; with waiting for a processor, too.
+            "work": times.work,
+            "cpu": times.cpu,
+            "blocked": times.blocked,
+            "wall": times.wall,
+        }
+        by_longest = sorted(self.callbacks.items(), key=lambda item: -item[1].longest_work)
         return {
-            "longest_callback_cpu_ms": round(max(self._times.cpu), 3),
-            # Without the time in which the loop's thread could run and no processor was free.
-            "longest_callback_ms": round(max(self._times.blocked), 3),
-            "longest_callback_wall_ms": round(max(self._times.wall), 3),
+            "callbacks_ms": {name: _distribution(values) for name, values in measures.items()},
             "callbacks_over_10_ms": {
-                "cpu": sum(ms > _LIMIT_MS for ms in self._times.cpu),
-                "own": sum(ms > _LIMIT_MS for ms in self._times.blocked),
-                "wall": sum(ms > _LIMIT_MS for ms in self._times.wall),
-                "of": len(self._times.wall),
+                name: sum(ms > _LIMIT_MS for ms in values) for name, values in measures.items()
             },
-            "cpu_ms": _distribution(self._times.cpu),
-            "own_ms": _distribution(self._times.blocked),
-            "wall_ms": _distribution(self._times.wall),
+            "num_callbacks": len(times.wall),
             "callbacks": {
                 name: {
                     "calls": noted.calls,
+                    "longest_work_ms": round(noted.longest_work, 3),
                     "longest_cpu_ms": round(noted.longest_cpu, 3),
-                    "longest_ms": round(noted.longest_blocked, 3),
+                    "longest_blocked_ms": round(noted.longest_blocked, 3),
                     "total_cpu_ms": round(noted.total_cpu),
                 }
                 for name, noted in by_longest[:10]
