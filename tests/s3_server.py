@@ -186,7 +186,7 @@ class FaultyProxy:
             writer.close()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        head, body = await _read_message(reader)
+        head, body = await read_message(reader)
         method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
         self.requests.append(f"{method} {path}")
         if self.stuck:
@@ -198,22 +198,26 @@ class FaultyProxy:
             writer.write(self.refuse)
             await writer.drain()
             return False
-        host, port = self.upstream.removeprefix("http://").split(":")
-        up_reader, up_writer = await asyncio.open_connection(host, int(port))
-        try:
-            up_writer.write(head + body)
-            await up_writer.drain()
-            answer = Answer(method, path, *await _read_message(up_reader, has_body=method != "HEAD"))
-        finally:
-            up_writer.close()
+        answer = await self._ask(method, path, head + body)
         if self.fault is not None:
             self.fault(answer)
         writer.write(answer.head + answer.body)
         await writer.drain()
         return not answer.close_early
 
+    async def _ask(self, method: str, path: str, request: bytes) -> Answer:
+        """Ask the server itself."""
+        host, port = self.upstream.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            writer.write(request)
+            await writer.drain()
+            return Answer(method, path, *await read_message(reader, has_body=method != "HEAD"))
+        finally:
+            writer.close()
 
-async def _read_message(reader: asyncio.StreamReader, *, has_body: bool = True) -> tuple[bytes, bytes]:
+
+async def read_message(reader: asyncio.StreamReader, *, has_body: bool = True) -> tuple[bytes, bytes]:
     head = await reader.readuntil(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
     if not has_body:

@@ -9,9 +9,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.crash.run import kill_often
 from dynamo_kvtc.evaluation.environment import describe_environment
+
+_NAMES = {1: "one worker", 2: "two workers in one folder"}
 
 
 def main() -> None:
@@ -21,28 +24,38 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="on the file system to test; a temporary folder by default"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result, or add to it")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", choices=_NAMES, default=list(_NAMES), help="in one folder at once"
+    )
     arguments = parser.parse_args()
+    result: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        # What is not run now keeps what was recorded.
+        result = json.loads(arguments.json.read_text())
+    failed = False
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        start = time.perf_counter()
-        tallies = {
-            name: asyncio.run(
+        for workers in arguments.workers:
+            start = time.perf_counter()
+            tally = asyncio.run(
                 kill_often(arguments.kills, Path(folder) / "tier", seed=arguments.seed, workers=workers)
             )
-            for name, workers in (("one worker", 1), ("two workers in one folder", 2))
-        }
-        result = {
-            "benchmark": "Processes killed while they write",
-            "seed": arguments.seed,
-            "seconds": round(time.perf_counter() - start, 1),
-            "file_system": _file_system(Path(folder)),
-            **{name: tally.as_dict() for name, tally in tallies.items()},
-            "environment": describe_environment(),
-        }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    sys.exit(any(tally.lost or tally.wrong or tally.damaged for tally in tallies.values()))
+            failed |= bool(tally.lost or tally.wrong or tally.damaged)
+            result = {
+                "benchmark": "Processes killed while they write",
+                **{name: result[name] for name in _NAMES.values() if name in result},
+                _NAMES[workers]: {
+                    "seed": arguments.seed,
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "file_system": _file_system(Path(folder)),
+                    **tally.as_dict(),
+                },
+                "environment": describe_environment(),
+            }
+            print(json.dumps(result[_NAMES[workers]], indent=2), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    sys.exit(failed)
 
 
 def _file_system(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -113,7 +114,8 @@ def _kill_one(context: Any, order: ChildOrder, random: Random) -> list[tuple[str
         while data.count(b"\n") < enough and (more := pipe.read(4096)):
             data += more
         time.sleep(random.random() * 0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is said below
+        os.kill(process.pid, signal.SIGKILL)
     while more := pipe.read(65536):
         data += more
     process.join()

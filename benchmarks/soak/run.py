@@ -47,7 +47,7 @@ tiers:
     path: tier
     capacity: {disk}
     segment_size: 1MiB
-policy: {{tier_block_tokens: 64, recent_window: 0, minimum_tokens: 0}}
+policy: {{tier_block_tokens: 64, recent_window: 0, minimum_tokens: 0, decide: always}}
 transfer: {{staging: 4MiB, timeout: 10s}}
 pipeline: {{offload_queue: 64, decode_threads: 2, onboard_timeout: 20s}}
 observability: {{log_level: error}}

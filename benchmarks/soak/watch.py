@@ -14,14 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
+import resource
 import threading
 import time
 from array import array
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,45 @@ _INTERVAL_S = 0.002
 #: What counts as blocked, in ms.
 _LIMIT_MS = 10.0
 
-_PLACES = {"median": 0.5, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999, "max": 1.0}
+_PLACES = {"median": 0.5, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999}
+
+#: How many callbacks beyond the limit are told one by one.
+_MOST_TOLD = 20
+
+
+class _Times:
+    """Durations in ms, as counts in buckets a tenth apart.
+
+    Neither memory nor a list for the garbage collector to look at grows: that is what is measured here.
+    """
+
+    _LEAST, _STEP, _BUCKETS = 1e-3, 1.1, 256
+
+    def __init__(self) -> None:
+        self._counts = array("Q", bytes(8 * self._BUCKETS))
+        self.longest = 0.0
+        self.beyond = 0
+
+    def add(self, ms: float) -> None:
+        """Count a duration."""
+        place = int(math.log(max(ms, self._LEAST) / self._LEAST) / math.log(self._STEP))
+        self._counts[min(place, self._BUCKETS - 1)] += 1
+        self.longest = max(self.longest, ms)
+        self.beyond += ms > _LIMIT_MS
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def summary(self) -> dict[str, float]:
+        """Return what share of the durations lies below what (at most a tenth less), and the longest."""
+        found = {}
+        for name, share in _PLACES.items():
+            total = place = 0
+            while total + self._counts[place] < share * len(self):
+                total += self._counts[place]
+                place += 1
+            found[name] = round(min(self.longest, self._LEAST * self._STEP ** (place + 1)), 3)
+        return {**found, "max": round(self.longest, 3)}
 
 
 @dataclass(slots=True)
@@ -47,23 +87,6 @@ class _Callback:
     total_cpu: float = 0.0
 
 
-def _column() -> array[float]:
-    # Not a list, whose every number the garbage collector would look at: that is what is measured here.
-    return array("d")
-
-
-@dataclass(slots=True)
-class _Times:
-    """Of every callback, in ms."""
-
-    wall: array[float] = field(default_factory=_column)
-    #: Processor time without garbage collection, and with it.
-    work: array[float] = field(default_factory=_column)
-    cpu: array[float] = field(default_factory=_column)
-    #: Wall time without the time in which the thread waited for a processor.
-    blocked: array[float] = field(default_factory=_column)
-
-
 class LoopWatch:
     """Measures how late a task of the loop is woken, and how long each callback keeps the loop to itself.
 
@@ -74,7 +97,7 @@ class LoopWatch:
 
     Attributes
     ----------
-    late_ms : array
+    late : _Times
         Of every wake-up, by how much it came after its time: many short callbacks in a row, and on a busy
         machine everybody else's work, are in it.
     callbacks : dict[str, _Callback]
@@ -82,10 +105,13 @@ class LoopWatch:
     """
 
     def __init__(self, own: tuple[str, ...] = ()) -> None:
-        self.late_ms = _column()
+        self.late = _Times()
         self.callbacks: defaultdict[str, _Callback] = defaultdict(_Callback)
         self._own = frozenset(own)
-        self._times = _Times()
+        # Processor time of the callbacks' own work; with garbage collection; with waiting for locks and
+        # system calls as well; with waiting for a processor, too.
+        self._times = {name: _Times() for name in ("work", "cpu", "blocked", "wall")}
+        self._long: list[str] = []
         self._collections: list[int] = [0, 0, 0]
         self._longest_collection_ms = [0.0, 0.0, 0.0]
         self._collecting_since = 0.0
@@ -102,12 +128,14 @@ class LoopWatch:
 
             def timed(handle: asyncio.events.Handle) -> None:
                 waited, collected = waited_ms(), self._collected_ms
+                used = resource.getrusage(resource.RUSAGE_THREAD)
                 wall, cpu = time.perf_counter(), time.thread_time()
                 run(handle)
                 cpu = 1e3 * (time.thread_time() - cpu)
                 wall = 1e3 * (time.perf_counter() - wall)
                 work = cpu - (self._collected_ms - collected)
-                self._note(handle, wall, work, cpu, max(cpu, wall - (waited_ms() - waited)))
+                blocked = max(cpu, wall - (waited_ms() - waited))
+                self._note(handle, {"work": work, "cpu": cpu, "blocked": blocked, "wall": wall}, used)
 
             asyncio.events.Handle._run = timed  # type: ignore[method-assign,assignment]
             gc.callbacks.append(self._note_collection)
@@ -121,7 +149,7 @@ class LoopWatch:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
-    def _note(self, handle: Any, wall: float, work: float, cpu: float, blocked: float) -> None:
+    def _note(self, handle: Any, took: dict[str, float], before: resource.struct_rusage) -> None:
         owner = getattr(handle._callback, "__self__", None)
         if isinstance(owner, asyncio.Task):
             name = owner.get_coro().__qualname__  # type: ignore[union-attr]
@@ -131,14 +159,22 @@ class LoopWatch:
             return
         noted = self.callbacks[name]
         noted.calls += 1
-        noted.longest_work = max(noted.longest_work, work)
-        noted.longest_cpu = max(noted.longest_cpu, cpu)
-        noted.longest_blocked = max(noted.longest_blocked, blocked)
-        noted.total_cpu += cpu
-        self._times.wall.append(wall)
-        self._times.work.append(work)
-        self._times.cpu.append(cpu)
-        self._times.blocked.append(blocked)
+        noted.longest_work = max(noted.longest_work, took["work"])
+        noted.longest_cpu = max(noted.longest_cpu, took["cpu"])
+        noted.longest_blocked = max(noted.longest_blocked, took["blocked"])
+        noted.total_cpu += took["cpu"]
+        for kind, ms in took.items():
+            self._times[kind].add(ms)
+        if took["cpu"] > _LIMIT_MS and len(self._long) < _MOST_TOLD:
+            now = resource.getrusage(resource.RUSAGE_THREAD)
+            self._long.append(
+                f"{name}: "
+                + ", ".join(f"{kind} {ms:.1f}" for kind, ms in took.items())
+                + f"; user {1e3 * (now.ru_utime - before.ru_utime):.1f}"
+                f", system {1e3 * (now.ru_stime - before.ru_stime):.1f}"
+                f", page faults {now.ru_minflt - before.ru_minflt}+{now.ru_majflt - before.ru_majflt}"
+                f", preempted {now.ru_nivcsw - before.ru_nivcsw}, gave way {now.ru_nvcsw - before.ru_nvcsw}"
+            )
 
     def _note_collection(self, phase: str, info: dict[str, int]) -> None:
         """Python's garbage collector runs in whichever thread it strikes, with the interpreter's lock."""
@@ -157,26 +193,16 @@ class LoopWatch:
         while True:
             start = time.perf_counter()
             await asyncio.sleep(_INTERVAL_S)
-            self.late_ms.append(1e3 * (time.perf_counter() - start - _INTERVAL_S))
+            self.late.add(1e3 * (time.perf_counter() - start - _INTERVAL_S))
 
     def summary(self) -> dict[str, Any]:
         """Return the distributions, JSON-ready, without the callbacks of the load."""
-        times = self._times
-        measures = {
-            # Processor time of the callbacks' own work; with garbage collection; with waiting for locks and
-            # system calls as well; with waiting for a processor, too.
-            "work": times.work,
-            "cpu": times.cpu,
-            "blocked": times.blocked,
-            "wall": times.wall,
-        }
         by_longest = sorted(self.callbacks.items(), key=lambda item: -item[1].longest_work)
         return {
-            "callbacks_ms": {name: _distribution(values) for name, values in measures.items()},
-            "callbacks_over_10_ms": {
-                name: sum(ms > _LIMIT_MS for ms in values) for name, values in measures.items()
-            },
-            "num_callbacks": len(times.wall),
+            "callbacks_ms": {name: times.summary() for name, times in self._times.items()},
+            "callbacks_over_10_ms": {name: times.beyond for name, times in self._times.items()},
+            "num_callbacks": len(self._times["wall"]),
+            "over_10_ms_of_cpu": self._long,
             "callbacks": {
                 name: {
                     "calls": noted.calls,
@@ -187,8 +213,8 @@ class LoopWatch:
                 }
                 for name, noted in by_longest[:10]
             },
-            "late_ms": _distribution(self.late_ms),
-            "samples": len(self.late_ms),
+            "late_ms": self.late.summary(),
+            "samples": len(self.late),
             "garbage_collections": self._collections,
             "longest_garbage_collection_cpu_ms": [round(ms, 3) for ms in self._longest_collection_ms],
         }
@@ -206,13 +232,6 @@ def _processor_waits() -> Iterator[Any]:
         yield lambda: int(os.pread(file, 64, 0).split()[1]) / 1e6
     finally:
         os.close(file)
-
-
-def _distribution(values: array[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {
-        name: round(ordered[min(len(ordered) - 1, int(at * len(ordered)))], 3) for name, at in _PLACES.items()
-    }
 
 
 def resources() -> dict[str, float]:

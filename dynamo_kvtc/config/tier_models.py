@@ -165,6 +165,13 @@ class ObjectTierConfig(Section):
     max_requests: Annotated[int, Field(ge=1, le=1024)] = 32
     """Requests in flight; further ones wait, within their deadlines."""
 
+    uploads: Annotated[int, Field(ge=1, le=256)] = 8
+    """Objects uploaded at once, of those that a faster tier has taken already."""
+
+    upload_queue: Annotated[Size, Field(ge=0)] = 64 * 1024**2
+    """Bytes of memory for objects that wait to be uploaded or are under way; what does not fit is not
+    uploaded. 0: none; offloads wait for the bucket."""
+
     transport: Literal["auto", "nixl", "client"] = "auto"
     """nixl: read over NIXL's OBJ backend; client: over the asynchronous client; auto: NIXL's where it
     loads."""

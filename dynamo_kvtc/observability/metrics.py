@@ -304,7 +304,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter(
         "tier_not_admitted",
-        "Objects that were kept out of a tier: not asked for often enough, or the write budget was spent.",
+        "Objects that were kept out of a tier: not asked for often enough, over the write budget, or dropped "
+        "because too many waited to be written or one waited too long.",
         _tier_by("not_admitted"),
         *("tier", "reason"),
     ),
@@ -315,6 +316,9 @@ METRICS: tuple[Metric, ...] = (
         "tier",
     ),
     _gauge("tier_paused", "1 while a tier is passed over for that reason.", _tier("paused"), "tier"),
+    _gauge(
+        "tier_waiting_objects", "Objects on their way into a tier, written behind.", _tier("waiting"), "tier"
+    ),
     _counter("promotions", "Objects copied from a slower tier into the first.", _at("promotions")),
     _counter(
         "failed_puts", "Puts that a tier failed while another tier took the object.", _at("failed_puts")

@@ -55,6 +55,7 @@ from dynamo_kvtc.tiers.object import ObjectSettings, ObjectTier
 from dynamo_kvtc.tiers.object_client import BucketPlace
 from dynamo_kvtc.tiers.shared import SharedDiskTier
 from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.tiers.write_behind import WriteBehind
 from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.staging import StagingPool
@@ -140,12 +141,18 @@ async def open_adapter(
             if not isinstance(tier_config, ObjectTierConfig):  # those have a breaker for each request
                 tier = BreakerTier(tier, staging)
             tiers.append(tier)
+        behind = {}
+        for tier, tier_config in list(zip(tiers, config.tiers, strict=True))[1:]:
+            if isinstance(tier_config, ObjectTierConfig) and tier_config.upload_queue:
+                memory = await StagingPool.create(agent, tier_config.upload_queue)
+                opened.push_async_callback(memory.close)
+                behind[tier.name] = WriteBehind(tier, memory, at_once=tier_config.uploads)
         adapter = TierAdapter(
             codec,
             artifact_id,
             agent,
             staging,
-            TierStack(tiers, staging=staging, gates=_gates(config)),
+            TierStack(tiers, staging=staging, gates=_gates(config), behind=behind),
             policy,
             block_size,
             salt=config.security.salt.encode(),

@@ -82,6 +82,11 @@ class FaultyTransfer(TransferAgent):
         self._armed.clear()
         self._lost = False
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the agent is lost, until `restore`."""
+        return self._lost
+
     async def copy(self, pairs: Sequence[tuple[MemorySpan, MemorySpan]], timeout_s: float) -> None:
         """See `TransferAgent.copy`."""
         await self._run("copy", self.inner.copy, pairs, [into for _, into in pairs], timeout_s)

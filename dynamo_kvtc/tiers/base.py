@@ -95,8 +95,9 @@ class TierStats:
     """A tier's counters since it was opened, and its present fill.
 
     ``lookups`` counts keys asked for in `contains_prefix`, the denominator of ``hits``. ``not_admitted``
-    counts objects that a gate in front of the tier kept out, by reason. ``pauses`` counts how often the tier
-    was left alone because it kept failing or timing out; ``paused`` is 1 while it is passed over for that.
+    counts objects that a gate in front of the tier kept out, or that were dropped on their way to it, by
+    reason; ``waiting`` is how many are on their way. ``pauses`` counts how often the tier was left alone
+    because it kept failing or timing out; ``paused`` is 1 while it is passed over for that.
     """
 
     objects: int
@@ -114,6 +115,7 @@ class TierStats:
     rejected_full: int
     corrupt_dropped: int
     not_admitted: Mapping[str, int] = field(default_factory=dict)
+    waiting: int = 0
     pauses: int = 0
     paused: int = 0
 

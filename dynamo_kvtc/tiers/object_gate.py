@@ -52,12 +52,7 @@ class RequestGate:
         if left <= 0:
             raise TransferTimeoutError(f"the deadline passed before {self._store} was asked")
         self._check_breaker()
-        try:
-            await asyncio.wait_for(self._slots.acquire(), left)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise TransferTimeoutError(
-                f"{self._most_requests} requests to {self._store} are in flight already"
-            ) from None
+        await self._take_slot(left)
         try:
             left = max(0.0, deadline - time.monotonic())
             self._check_breaker(take=True)
@@ -65,6 +60,25 @@ class RequestGate:
                 yield left
         finally:
             self._slots.release()
+
+    async def _take_slot(self, timeout_s: float) -> None:
+        if not self._slots.locked():
+            await self._slots.acquire()  # does not wait
+            return
+        # Not `asyncio.wait_for`: before Python 3.12 a cancellation is lost there if the slot comes meanwhile.
+        waiting = asyncio.ensure_future(self._slots.acquire())
+        taken = False
+        try:
+            await asyncio.wait({waiting}, timeout=timeout_s)
+            taken = waiting.done()
+        finally:
+            if not taken:
+                waiting.add_done_callback(lambda done: None if done.cancelled() else self._slots.release())
+                waiting.cancel()
+        if not taken:
+            raise TransferTimeoutError(
+                f"{self._most_requests} requests to {self._store} are in flight already"
+            )
 
     def _check_breaker(self, *, take: bool = False) -> None:
         if not (self.breaker.allow() if take else self.breaker.state != "open"):

@@ -49,6 +49,9 @@ __all__ = ["SharedDiskTier"]
 _LOOKUP_AGE_S = 0.05
 _LOOKUP_TIMEOUT_S = 5.0
 
+# New folders that a worker tries to get hold of; workers that start at the same moment may take one each.
+_NEW_FOLDERS = 16
+
 
 class _OwnTier(DiskTier):
     """The part of a shared folder that this worker writes."""
@@ -178,13 +181,16 @@ class SharedDiskTier(Tier):
             raise TierError(f"cannot use {path} for a disk tier: {error}; check path and rights") from error
         own: _OwnTier | None = None
         try:
-            for candidate in [*names, WRITER_PREFIX + secrets.token_hex(8)]:
+            # Another worker that starts now may see a new folder, and take it over, before it is locked.
+            fresh = [WRITER_PREFIX + secrets.token_hex(8) for _ in range(_NEW_FOLDERS)]
+            for candidate in [*names, *fresh]:
                 try:
                     own = await _OwnTier.open_own(agent, path / candidate, capacity_bytes, settings, name)
                 except TierInUseError:
                     continue
                 break
-            assert own is not None, "nobody else can hold the lock of a new folder"
+            if own is None:
+                raise TierInUseError(f"other workers took every folder that was made below {path}; try again")
             tier = cls(own, Peers(agent, path, candidate), claims)
             await tier._peers.refresh(_LOOKUP_TIMEOUT_S)
         except BaseException:

@@ -1,8 +1,8 @@
 """Tiers from fast to slow, used as one.
 
-Puts go through to every tier, reads come from the fastest tier that has the object and fall to the next
-one if it turns out missing, damaged or unreadable there. Objects in a slower tier can be promoted: copied
-into the first tier in the background, within a bound.
+Puts go through to every tier, to slow ones behind the caller's back. Reads come from the fastest tier that
+has the object and fall to the next one if it turns out missing, damaged or unreadable there. Objects in a
+slower tier can be promoted: copied into the first tier in the background, within a bound.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dynamo_kvtc.errors import (
     TransferTimeoutError,
 )
 from dynamo_kvtc.tiers.base import Gate, ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.write_behind import WriteBehind
 from dynamo_kvtc.transfer import MemorySpan, StagingPool
 
 __all__ = ["TierStack"]
@@ -63,6 +64,9 @@ class TierStack:
         Memory that promotion goes through; without it nothing is promoted.
     gates : Mapping[str, Gate], optional
         By a tier's name, what decides about writing into it. The first tier takes everything.
+    behind : Mapping[str, WriteBehind]
+        By a tier's name, what writes into it in the background. An object that no faster tier has is written
+        before `put` returns all the same. Owned: `close` closes them.
     max_promotions : int
         Objects that may wait to be promoted; further ones are served but not promoted.
     promotion_timeout_s : float
@@ -70,8 +74,8 @@ class TierStack:
 
     Attributes
     ----------
-    promotions, failed_puts : int
-        Objects promoted, and puts that a tier refused or failed while another tier took the object.
+    promotions : int
+        Objects promoted.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class TierStack:
         *,
         staging: StagingPool | None = None,
         gates: Mapping[str, Gate] | None = None,
+        behind: Mapping[str, WriteBehind] | None = None,
         max_promotions: int = 1024,
         promotion_timeout_s: float = 10.0,
     ) -> None:
@@ -87,7 +92,8 @@ class TierStack:
             raise ValueError("a stack needs at least one tier, and a different name for each")
         self.tiers = tuple(tiers)
         self.promotions = 0
-        self.failed_puts = 0
+        self._failed_puts = 0
+        self._behind = dict(behind or {})
         self._staging = staging
         self._gates = {name: gate for name, gate in (gates or {}).items() if name != self.tiers[0].name}
         self._max_promotions = max_promotions
@@ -137,12 +143,13 @@ class TierStack:
     async def put(self, key: TierKey, source: MemorySpan, *, timeout_s: float) -> bool:
         """Store an object in every tier, the fastest first.
 
-        A tier that fails does not keep the object from the others; that is counted in `failed_puts`.
+        A tier that fails does not keep the object from the others; that is counted in `failed_puts`. A tier
+        that is written to behind has the object later, or never: ask it (`Tier.size_of`), or see `flush`.
 
         Returns
         -------
         bool
-            Whether any tier newly stored it.
+            Whether any tier newly stored it by now.
 
         Raises
         ------
@@ -153,9 +160,13 @@ class TierStack:
         written = False
         failures: list[KvtcError] = []
         asked = 0
-        for tier in self.tiers:
+        for index, tier in enumerate(self.tiers):
             gate = self._gates.get(tier.name)
             if gate is not None and tier.size_of(key) is None and not gate.admits(key, source.nbytes):
+                continue
+            behind = self._behind.get(tier.name)
+            if behind is not None and any(faster.size_of(key) is not None for faster in self.tiers[:index]):
+                await behind.take(key, source)
                 continue
             asked += 1
             try:
@@ -166,8 +177,25 @@ class TierStack:
                 failures.append(error)
         if len(failures) == asked:
             raise failures[0]
-        self.failed_puts += len(failures)
+        self._failed_puts += len(failures)
         return written
+
+    @property
+    def failed_puts(self) -> int:
+        """Puts that a tier refused or failed while another tier took the object."""
+        return self._failed_puts + sum(behind.dropped["failed"] for behind in self._behind.values())
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until what is written behind so far is stored or dropped.
+
+        Raises
+        ------
+        TransferTimeoutError
+            If it is not within `timeout_s` seconds; it goes on.
+        """
+        deadline = time.monotonic() + timeout_s
+        for behind in self._behind.values():
+            await behind.flush(max(0.0, deadline - time.monotonic()))
 
     async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
         """Read each range from the fastest tier that has its object, and so on down; see `Tier.get`.
@@ -315,11 +343,18 @@ class TierStack:
                 del self._pins[key]
 
     async def evict(self, keys: Sequence[TierKey]) -> int:
-        """Drop objects from every tier (pinned or being read ones stay); returns how many copies went."""
+        """Drop objects from every tier (pinned or being read ones stay); returns how many copies went.
+
+        What is still to be written behind is not written.
+        """
+        for behind in self._behind.values():
+            await behind.forget(set(keys))
         return sum([await tier.evict(keys) for tier in self.tiers])
 
     async def clear(self) -> None:
-        """Drop every object that is not pinned or being read from every tier."""
+        """Drop every object that is not pinned or being read from every tier; write nothing behind."""
+        for behind in self._behind.values():
+            await behind.forget()
         for tier in self.tiers:
             await tier.clear()
 
@@ -328,14 +363,21 @@ class TierStack:
         stats = {tier.name: tier.stats() for tier in self.tiers}
         for name, gate in self._gates.items():
             stats[name] = replace(stats[name], not_admitted=dict(gate.refused))
+        for name, behind in self._behind.items():
+            dropped = {str(why): count for why, count in behind.dropped.items() if why != "failed"}
+            stats[name] = replace(
+                stats[name], not_admitted={**stats[name].not_admitted, **dropped}, waiting=behind.waiting
+            )
         return stats
 
     async def close(self) -> None:
-        """Cancel promotions and close every tier. Idempotent."""
+        """Cancel promotions, write behind for some seconds more, and close every tier. Idempotent."""
         promotions = list(self._promoting.values())
         for task in promotions:
             task.cancel()
         if promotions:
             await asyncio.wait(promotions, timeout=self._promotion_timeout_s)
+        for behind in self._behind.values():
+            await behind.close()
         for tier in self.tiers:
             await tier.close()

@@ -90,7 +90,15 @@ class StagingPool:
         try:
             yield span
         finally:
-            self._agent.on_drained(span, lambda: self._give_back(span))
+            self.release(span)
+
+    def try_lease(self, nbytes: int) -> MemorySpan | None:
+        """Lease `nbytes` bytes if there is room now and nobody waits for it; end it with `release`."""
+        return None if self._closed or self._waiters else self._take(nbytes)
+
+    def release(self, span: MemorySpan) -> None:
+        """End a lease of `try_lease`; its bytes return once no transfer touches them any more."""
+        self._agent.on_drained(span, lambda: self._give_back(span))
 
     async def close(self) -> None:
         """Fail whoever waits and free the region. Idempotent; leases in use stay readable."""

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 pytest.importorskip("obstore", reason="needs obstore: pip install 'dynamo-kvtc[object]'")
 
+from bucket_faults import FaultyBucket
 from s3_server import Answer, FaultyProxy, S3Server
 
 from dynamo_kvtc.errors import (
@@ -22,12 +23,55 @@ from dynamo_kvtc.errors import (
     TransferTimeoutError,
 )
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
-from dynamo_kvtc.tiers import BucketPlace, HostTier, ObjectSettings, ObjectTier, ReadRequest, TierStack
+from dynamo_kvtc.testing.fault_suite import TierFaultSuite
+from dynamo_kvtc.tiers import BucketPlace, HostTier, ObjectSettings, ObjectTier, ReadRequest, Tier, TierStack
+from dynamo_kvtc.tiers.encrypted import EncryptedTier
+from dynamo_kvtc.tiers.encryption_keys import KeyRing, MasterKey
 from dynamo_kvtc.tiers.object_client import AccessDeniedError, BucketClient
 from dynamo_kvtc.tiers.object_format import HEADER_BYTES, object_name
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
 SIZE = 40_000
+
+
+class TestOwnedObjectTierUnderFaults(TierFaultSuite):
+    """Every fault of the suite, as a bucket shows it."""
+
+    # The proxy's ends of connections are in this process, too.
+    kept_descriptors = 24
+
+    @pytest_asyncio.fixture
+    async def transfer(self, s3: S3Server) -> AsyncIterator[FaultyBucket]:
+        async with await TransferAgent.create() as agent:
+            self.bucket = FaultyBucket(agent, s3.endpoint)
+            yield self.bucket
+            self.bucket.stop()
+
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        return await self.open_bucket(folder, capacity_bytes)
+
+    async def open_bucket(self, folder: Path, capacity_bytes: int | None) -> ObjectTier:
+        where = BucketPlace("kvtc", prefix="/".join(folder.parts[-2:]), endpoint=self.bucket.endpoint)
+        # The bucket is asked anew at every lookup: what it has is what counts.
+        settings = ObjectSettings(timeout_s=5.0, lookup_wait_s=20.0, miss_ttl_s=0.0, transport="client")
+        return await ObjectTier.open(where, capacity_bytes, settings=settings)
+
+
+class TestSharedObjectTierUnderFaults(TestOwnedObjectTierUnderFaults):
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        return await self.open_bucket(folder, None)
+
+
+class TestEncryptedObjectTierUnderFaults(TestOwnedObjectTierUnderFaults):
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        pytest.importorskip(
+            "cryptography", reason="needs cryptography: pip install 'dynamo-kvtc[encryption]'"
+        )
+        ring = KeyRing(MasterKey("test", bytes(range(32))))
+        staging = await StagingPool.create(agent, 1 << 20)
+        return EncryptedTier(await self.open_bucket(folder, capacity_bytes), ring, staging)
+
+
 REFUSALS = {
     "500": b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
     "503": b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",

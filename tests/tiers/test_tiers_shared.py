@@ -15,9 +15,16 @@ import pytest_asyncio
 from dynamo_kvtc.cli.inspect import inspect_path
 from dynamo_kvtc.errors import ObjectCorruptError, ObjectMissingError, TierError
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
-from dynamo_kvtc.tiers import DiskSettings, DiskTier, SharedDiskTier
+from dynamo_kvtc.tiers import DiskSettings, DiskTier, SharedDiskTier, shared
 from dynamo_kvtc.tiers.base import ReadRequest
-from dynamo_kvtc.tiers.disk_format import BLOCK_BYTES, RECORD_HEADER_BYTES, StoredObject, stored_objects
+from dynamo_kvtc.tiers.disk_files import lock_folder
+from dynamo_kvtc.tiers.disk_format import (
+    BLOCK_BYTES,
+    RECORD_HEADER_BYTES,
+    WRITER_PREFIX,
+    StoredObject,
+    stored_objects,
+)
 from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.tiers.journal import JOURNAL_NAME, JournalReader, JournalWriter
 from dynamo_kvtc.tiers.range_locks import KeyClaims, lock_range, unlock_range
@@ -238,6 +245,29 @@ async def test_workers_in_processes_of_their_own_and_one_is_killed(join: Join, t
     held = sum(heir.tier.stats().objects for heir in heirs)
     assert len(stored) <= held <= len(stored) + 2
     assert [await heir.put(999_999_999 - i, SIZE) for i, heir in enumerate(heirs)] == [True, True]
+
+
+async def test_a_new_folder_that_another_worker_takes_first_is_left_to_it(
+    join: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers start at once: one sees the other's folder before the other has locked it."""
+    made = iter(["00", "11", *(f"{number:02x}" for number in range(0x20, 0x60))])
+    monkeypatch.setattr(shared.secrets, "token_hex", lambda _: next(made))
+    folder = tmp_path / "shared" / f"{WRITER_PREFIX}00"
+    plain = shared._join_folder
+
+    def join_while_another_starts(path: Path) -> tuple[KeyClaims, list[str]]:
+        joined = plain(path)
+        taken.append(lock_folder(folder))
+        return joined
+
+    taken: list[int] = []
+    monkeypatch.setattr(shared, "_join_folder", join_while_another_starts)
+    driver = await join()
+    assert sorted(path.name for path in writers(tmp_path)) == [f"{WRITER_PREFIX}00", f"{WRITER_PREFIX}11"]
+    await driver.put(0, SIZE)
+    assert await driver.get(0, 0, SIZE) == object_bytes(0, SIZE)
+    os.close(taken[0])
 
 
 async def test_a_folder_is_shared_or_not(agent: TransferAgent, join: Join, tmp_path: Path) -> None:
