@@ -1,5 +1,9 @@
 """DEFLATE (RFC 1951, nothing around it) on the GPU by nvCOMP, in batches, asynchronous on the codec's stream.
 
+Written against nvCOMP 6.0's own descriptions of its Python interface: `as_arrays` carves a batch out of one
+buffer, a configuration made from plain sizes keeps decoding from reading streams back, and nothing waits
+before sizes are asked for. **Not run on a GPU yet**; `tests/gpu/test_gpu_nvcomp.py` must pass there.
+
 nvCOMP's licence allows its use on systems with NVIDIA GPUs only: it is an extra that the user installs, never
 imported before a GPU is there, and never the CPU path. Decompressors assume valid input, so checksums are
 verified before a chunk comes here. Its ANS is not used: those streams change between versions.
@@ -8,7 +12,8 @@ verified before a chunk comes here. Its ANS is not used: those streams change be
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +103,8 @@ class NvcompDeflate(BatchCoder):
         offsets = tuple(range(0, count * self._stride, self._stride))
         out = self._batch(data, offsets, (self._stride,) * count)
         coded = self._codec().encode(self._batch(plain, slots.offsets, slots.sizes), out=out)
-        # Waits for the stream, in the thread that encodes.
+        # Waits in the thread that encodes, with a deadline: asking for the sizes would wait without.
+        self._gpu.record().wait()
         sizes = tuple(int(size) for size in coded.buffer_sizes)
         return CodedBatch(data, offsets, sizes)
 
@@ -111,15 +117,26 @@ class NvcompDeflate(BatchCoder):
         codec = self._codec()
         # From the known sizes: nvCOMP would otherwise read the streams and wait for the device.
         config = codec.decompression_config(codec.compression_config(list(target.sizes)))
-        decoded = codec.decode(
-            self._batch(data, source.offsets, source.sizes),
-            out=self._batch(plain, target.offsets, target.sizes),
-            decompression_config=config,
-        )
+        with _refused():
+            decoded = codec.decode(
+                self._batch(data, source.offsets, source.sizes),
+                out=self._batch(plain, target.offsets, target.sizes),
+                decompression_config=config,
+            )
 
         def check() -> None:
-            found = [int(size) for size in decoded.buffer_sizes]
+            with _refused():
+                found = [int(size) for size in decoded.buffer_sizes]
             if found != list(target.sizes):
                 raise EntropyDecodeError("a chunk did not decode to its size; drop the stream")
 
         return check
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what nvCOMP raises about chunks into the error that readers of streams know."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise EntropyDecodeError(f"nvCOMP does not inflate a chunk ({error}); drop the stream") from error
