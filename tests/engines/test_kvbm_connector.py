@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import kvbm_stand_in
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 
+from dynamo_kvtc.adapters.vllm import worker as worker_module
 from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, resolve_model
 from dynamo_kvtc.data import HELDOUT_TEXTS
 
@@ -148,6 +151,27 @@ def test_kvbm_serves_what_it_has_and_our_tiers_what_follows(served: Served, hot:
     served.forget(hot_blocks=hot)
     assert served.ask() == (served.cached, WHOLE)
     assert served.pool.matched_tokens == hot * BLOCK
+
+
+def test_steps_that_only_wait_for_our_loads_are_held_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here as in our own connector: the worker's side is the same, and sees what the step is."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        time.sleep(seconds)
+
+    stand_in = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    served.forget(hot_blocks=0)
+    monkeypatch.setattr(worker_module, "time", stand_in)
+    assert served.ask() == (served.cached, WHOLE)
+    assert slept and set(slept) == {0.002}
+    # Served from vLLM's own cache now: no step waits.
+    slept.clear()
+    served.ask()
+    assert slept == []
 
 
 def test_a_salted_request_meets_nobody_elses_blocks(served: Served) -> None:
