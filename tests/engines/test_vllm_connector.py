@@ -57,6 +57,11 @@ def faults(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def aborted(folder: Path) -> dict[str, Any]:
+    return run("aborted", folder)
+
+
+@pytest.fixture(scope="module")
 def crowded(folder: Path) -> dict[str, Any]:
     return run("crowded", folder)
 
@@ -166,14 +171,22 @@ def test_a_tier_that_breaks_in_the_middle_of_a_load_is_recomputed(
 
 
 def test_a_request_given_up_while_it_loads_leaves_nothing_behind(
-    folder: Path, reference: dict[str, Any]
+    aborted: dict[str, Any], reference: dict[str, Any]
 ) -> None:
-    outcome = run("aborted", folder)
-    assert outcome["loading"] >= 2  # some were given up in the middle
-    assert not any(count for name, count in outcome.items() if name.startswith("left "))
-    assert outcome["tracked"] == outcome["active"] == 0
-    assert outcome["after"]["cached"] == HELD
-    assert_same(outcome["after"], reference["long"])
+    assert aborted["loading"] >= 2  # some were given up in the middle
+    assert not any(count for name, count in aborted.items() if name.startswith("left "))
+    assert aborted["tracked"] == aborted["active"] == 0
+    assert aborted["after"]["cached"] == HELD
+    assert_same(aborted["after"], reference["long"])
+
+
+def test_a_tier_that_hangs_costs_three_requests_their_deadline(
+    aborted: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    for answer in aborted["stuck"]:
+        assert_same(answer, reference["long"])
+    assert len(aborted["stuck"]) == 6
+    assert aborted["stuck failed"] == 3 and aborted["stuck pauses"] >= 1
 
 
 def test_adapters_never_meet_each_others_blocks(folder: Path) -> None:

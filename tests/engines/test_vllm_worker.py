@@ -28,7 +28,9 @@ from dynamo_kvtc.adapters.vllm.metadata import KvtcConnectorMetadata, LoadJob, S
 from dynamo_kvtc.adapters.vllm.prefill import CudaClock, HostClock, PrefillTimer
 from dynamo_kvtc.adapters.vllm.settings import read_settings
 from dynamo_kvtc.adapters.vllm.worker import KvtcWorker
+from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.assemble import open_adapter
+from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 from dynamo_kvtc.testing import TierWrapper
 
@@ -242,6 +244,37 @@ def test_only_steps_that_wait_for_loads_alone_are_held_back(
     host.step(deferred=deferred)
     assert slept == []
     assert_loaded(host)
+
+
+def test_steps_that_wait_for_events_alone_are_held_back_too(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(
+        worker_module, "time", SimpleNamespace(sleep=slept.append, monotonic=worker_module.time.monotonic)
+    )
+    adapter = host.worker._adapter
+    assert adapter is not None
+
+    async def watch(tiers: TierAdapter) -> EventLog:
+        return tiers.watch()
+
+    host.worker._events = adapter.run(watch)
+    Held.writes = True
+    host.step(saves=[save()], computes=True)
+    host.step(computes=True)
+    assert slept == []
+    host.step()
+    assert slept == [0.002]
+    Held.go.set()
+    for _ in range(WAIT_S * 200):
+        told = host.worker.report()
+        if told is not None and told.pending == 0:
+            break
+        threading.Event().wait(0.005)
+    slept.clear()
+    host.step()
+    assert slept == []
 
 
 def test_passes_over_prompt_tokens_alone_tell_the_prefill_speed(host: Host) -> None:

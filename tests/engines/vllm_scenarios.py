@@ -314,7 +314,7 @@ def faults(folder: Path) -> dict[str, Any]:
 
 
 def aborted(folder: Path) -> dict[str, Any]:
-    """A request that is given up at each step of its load, and just before and after it."""
+    """A request that is given up at each step of its load, and just before and after it; then a stuck tier."""
     import asyncio
 
     import dynamo_kvtc.adapters.vllm.worker as worker
@@ -322,12 +322,14 @@ def aborted(folder: Path) -> dict[str, Any]:
     from dynamo_kvtc.testing.wrappers import TierWrapper
 
     class Slow(TierWrapper):
+        takes_s = 0.01
+
         async def get(self, reads: Any, *, timeout_s: float) -> None:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(Slow.takes_s)
             await self.inner.get(reads, timeout_s=timeout_s)
 
     worker.open_adapter = lambda *args, **kwargs: open_adapter(*args, **kwargs, wrap_tier=Slow)  # type: ignore[assignment]
-    engine = Engine(folder, tiers=HOST)
+    engine = Engine(folder, tiers=HOST, onboard_timeout="4s")
     long = prompts(engine)["long"]
     result: dict[str, Any] = {"first": engine.generate(long)[0], "loading": 0}
     core, scheduler = engine.llm.llm_engine, engine.scheduler
@@ -350,6 +352,14 @@ def aborted(folder: Path) -> dict[str, Any]:
     side = scheduler.connector._scheduler
     result["tracked"] = len(side._tracked) + len(side._finishing) + len(side._loads)
     result["active"] = engine.adapter.status().onboards_active
+    failed = engine.counters()["onboards"]["failed"]
+    Slow.takes_s = 3600
+    result["stuck"] = []
+    for _ in range(6):
+        engine.forget_local()
+        result["stuck"].append(engine.generate(long)[0])
+    result["stuck failed"] = engine.counters()["onboards"]["failed"] - failed
+    result["stuck pauses"] = engine.adapter.status().tiers["host0"].pauses
     engine.close()
     return result
 

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 #: How long a step may wait for blocks of preempted requests to be copied out before they are given up.
 _PREEMPTION_PATIENCE_S = 0.1
 
-#: How long a step that computes nothing is held back while loads are under way.
+#: How long a step that computes nothing is held back while something is awaited.
 _IDLE_STEP_S = 0.002
 
 #: How often the adapter's status is asked for.
@@ -276,8 +276,9 @@ class KvtcWorker:
         # With speculative decoding this comes before `wait_for_save`, and what failed must be told now.
         self._end_forward()
         self._end_layerwise()
-        if self._async and not self._computes:
-            # The engine spins while it waits for loads alone; decoding needs the interpreter and the cores.
+        if (self._async or self._pending) and not self._computes:
+            # The engine spins while it waits for loads, or events of offloads, alone; the threads that decode
+            # and encode need the interpreter and the cores.
             time.sleep(_IDLE_STEP_S)
         for req_id in finished_req_ids & self._async.keys():
             # Nobody waits for it any more; it is reported once it touches its blocks no more.
