@@ -314,7 +314,7 @@ def faults(folder: Path) -> dict[str, Any]:
 
 
 def aborted(folder: Path) -> dict[str, Any]:
-    """A request that is given up at each step of its load, and just before and after it; then a stuck tier."""
+    """A request that is given up at each step of its load, and around it; then a stuck tier."""
     import asyncio
 
     import dynamo_kvtc.adapters.vllm.worker as worker
