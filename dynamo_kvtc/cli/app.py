@@ -17,6 +17,8 @@ A command is one module of this package, named as the command with underscores
     ) -> None:
         \"\"\"One line that says what the command does; shown by ``dynamo-kvtc COMMAND --help``.\"\"\"
 
+A command that has further ones below it exposes a typer application `group` instead.
+
 Progress goes to standard error, results to standard output. A command raises `KvtcError` subclasses
 for everything that a user can mend; they become one paragraph on standard error and exit code 1.
 It raises ``typer.Exit(1)`` when it did its work and the answer is bad (damage found), and
@@ -43,7 +45,7 @@ COMMANDS: dict[str, str] = {
     "publish": "Put an artifact into a store of artifacts, under its id.",
     "evaluate": "Measure ratio and quality of an artifact on held-out text.",
     "inspect": "Show and verify an artifact, a stored object or a disk tier's folder.",
-    "bench": "Measure encode, decode, transfers and lookups on this machine.",
+    "bench": "Measure encode, decode, transfers and lookups on this machine; `bench gpu`: the GPU codec.",
     "status": "Show what a running worker has done since its start.",
     "top": "Show what a running worker is doing now, until it is interrupted.",
     "explain": "Show what the policy does with a prefix of so many tokens, and why.",
@@ -57,6 +59,8 @@ COMMANDS: dict[str, str] = {
 def _load(name: str) -> Any:
     """Import a command's module and build its click command."""
     module = importlib.import_module(f"dynamo_kvtc.cli.{name.replace('-', '_')}")
+    if hasattr(module, "group"):
+        return typer.main.get_command(module.group)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name)(module.command)
     return typer.main.get_command(single)

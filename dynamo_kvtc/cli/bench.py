@@ -1,4 +1,4 @@
-"""``dynamo-kvtc bench``: encode, decode, transfers and lookups on this machine."""
+"""``dynamo-kvtc bench``: encode, decode, transfers and lookups on this machine; ``bench gpu``: a GPU's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import typer
 
 from dynamo_kvtc.calibration.artifact import load_artifact
+from dynamo_kvtc.cli import bench_gpu
 from dynamo_kvtc.cli.output import (
     JsonFlag,
     format_bytes,
@@ -24,11 +25,16 @@ from dynamo_kvtc.cli.parsing import parse_ratios
 from dynamo_kvtc.evaluation.bench import BenchReport, BenchSettings, run_bench
 from dynamo_kvtc.evaluation.codec_speed import EntropyCoding
 
-__all__ = ["command"]
+__all__ = ["group"]
+
+group = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+group.command("gpu")(bench_gpu.command)
 
 
+@group.callback(invoke_without_command=True)
 def command(
-    artifact: Annotated[Path, typer.Option(help="Folder that `calibrate` wrote.")],
+    context: typer.Context,
+    artifact: Annotated[Path | None, typer.Option(help="Folder that `calibrate` wrote.")] = None,
     ratios: Annotated[
         str | None, typer.Option(help="Ratios such as 10,20; by default all of the artifact's plans.")
     ] = None,
@@ -43,7 +49,11 @@ def command(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure encode, decode, transfers and lookups on this machine."""
+    """Measure encode, decode, transfers and lookups on this machine; `bench gpu` measures the GPU codec."""
+    if context.invoked_subcommand is not None:
+        return
+    if artifact is None:
+        raise typer.BadParameter("give the artifact to measure", param_hint="--artifact")
     chosen = None if ratios is None else parse_ratios(ratios)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton.language as tl
 
 from dynamo_kvtc.codec.rope import RopeParameters
 from dynamo_kvtc.errors import LayoutError
 
 __all__ = ["PagedSide", "channel_pairs", "to_pairs"]
-
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def channel_pairs(rope: RopeParameters, head_size: int) -> torch.Tensor:
@@ -120,4 +117,6 @@ class PagedSide:
     @property
     def triton_dtype(self) -> Any:
         """The cache's dtype by Triton's name."""
-        return _TRITON_DTYPES[self.dtype]
+        import triton.language as tl  # late: sizes are known without Triton
+
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.dtype]
