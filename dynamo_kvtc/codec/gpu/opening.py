@@ -227,10 +227,11 @@ def inflate(
         with gpu.stage("unpack, dequantise"):
             copy_ranges(gpu, slots, payload, plan.from_plain)
     if plan.by_host:
-        host = torch.zeros(plan.host_bytes, dtype=torch.uint8, pin_memory=gpu.stream is not None)
-        inflated = mapper(lambda one: _plain(*one), plan.by_host)
-        for plain, (at, _, size) in zip(inflated, plan.from_host, strict=True):
-            host[at : at + size] = as_tensor(plain)
+        with gpu.stage("inflate"):
+            host = torch.zeros(plan.host_bytes, dtype=torch.uint8, pin_memory=gpu.stream is not None)
+            inflated = mapper(lambda one: _plain(*one), plan.by_host)
+            for plain, (at, _, size) in zip(inflated, plan.from_host, strict=True):
+                host[at : at + size] = as_tensor(plain)
         with gpu.stage("copy to device"):
             copy_ranges(gpu, gpu.upload(host), payload, plan.from_host)
     return payload, check

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.entropy_batch import default_coder
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
 from dynamo_kvtc.codec.gpu.stages import DECODE_STAGES, ENCODE_STAGES, StageClock
 from dynamo_kvtc.codec.gpu.staging import decode_bytes_per_token, encode_bytes_per_token
@@ -113,11 +114,17 @@ async def _bench_shape(
 ) -> ShapeReport:
     made = make_up(shape, profile, layers_per_group=settings.layers_per_group, device=gpu.device)
     parameters, tokens = made.parameters, settings.tokens
-    in_flight = encode_bytes_per_token(parameters, PLAN_ID), decode_bytes_per_token(parameters, PLAN_ID)
     host = open_codec(parameters, ratio=RATIO)
     clock = StageClock()
     timed = replace(gpu, clock=clock)
-    codec = GpuCodec(host, timed, staging_bytes=2 * max(in_flight) * tokens)
+    coder, step = default_coder(timed, host.coder, host.mapper), settings.tier_block_tokens
+    token_bytes = max(
+        encode_bytes_per_token(parameters, PLAN_ID, block_tokens=step, coder_bytes=coder.encode_bytes),
+        decode_bytes_per_token(parameters, PLAN_ID, block_tokens=step),
+    )
+    # One batch takes half of a codec's budget at most; streams with sinks take a little more a token.
+    staging_bytes = 3 * token_bytes * tokens
+    codec = GpuCodec(host, timed, coder=coder, staging_bytes=staging_bytes, block_tokens=step)
     codec.warm_up()
     bench = _CodecBench(made, codec, timed, clock, settings)
     encode_stages, encode_s = bench.encode()
@@ -125,18 +132,17 @@ async def _bench_shape(
     coded = sum(map(len, bench.streams)) / tokens
     work = stage_work(shape, describe_sides(parameters, PLAN_ID), coded, tokens)
     # The pipeline's threads must not share a clock.
-    plain = GpuCodec(host, gpu, staging_bytes=codec.budget.nbytes)
+    plain = GpuCodec(host, gpu, staging_bytes=staging_bytes, block_tokens=step)
     plain.warm_up()
-    onboards = await measure_onboard(
-        plain, bench.cache, bench.ids, settings.tier_block_tokens, settings.repetitions, settings.disk
-    )
+    onboards = await measure_onboard(plain, bench.cache, bench.ids, step, settings.repetitions, settings.disk)
     return ShapeReport(
         shape.name,
         profile,
         tokens,
         shape.raw_bytes * tokens,
         shape.raw_bytes / coded,
-        *describe_memory(parameters),
+        *describe_memory(parameters, token_bytes),
+        coder.name,
         bench.relative_error(),
         direction(ENCODE_STAGES, work, encode_stages, rates, shape, tokens, encode_s),
         direction(DECODE_STAGES, work, decode_stages, rates, shape, tokens, decode_s),

@@ -75,6 +75,7 @@ def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int) -> Shap
         shape.raw_bytes * tokens,
         shape.raw_bytes / coded,
         *describe_memory(parameters),
+        "nvCOMP DEFLATE",
         None,
         encode,
         decode,

@@ -136,6 +136,8 @@ class ShapeReport:
         The first group's layers; groups; components and elements of both sides of all groups.
     basis_bytes, staging_bytes_per_token : int
         Device memory of the bases, and of a token in flight (the larger of encoding and decoding).
+    coder : str
+        What codes chunks; without nvCOMP the host does, and copies are of bytes before coding.
     relative_error : float or None
         Root-mean-square error of decoded values over their deviation; a check that real work was done.
     """
@@ -151,6 +153,7 @@ class ShapeReport:
     row: int
     basis_bytes: int
     staging_bytes_per_token: int
+    coder: str
     relative_error: float | None
     encode: Direction
     decode: Direction

@@ -105,6 +105,7 @@ def _totals(report: GpuReport, profile: str, shapes: Sequence[ShapeReport]) -> T
             "staging on the device, a token", *(f"{s.staging_bytes_per_token / 1e3:,.0f} kB" for s in shapes)
         ),
     ]
+    rows.append(row("entropy coder", *(s.coder for s in shapes)))
     for way in ("encode", "decode"):
         ways = [getattr(s, way) for s in shapes]
         rows += [

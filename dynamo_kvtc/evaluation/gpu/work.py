@@ -79,8 +79,16 @@ def describe_sides(parameters: AnyParameters, plan_id: int) -> list[SideWork]:
     return sides
 
 
-def describe_memory(parameters: AnyParameters) -> tuple[int, int, int, int, int, int]:
-    """Return the fields of a `ShapeReport` from its first group's layers to its staging bytes a token."""
+def describe_memory(
+    parameters: AnyParameters, token_bytes: int | None = None
+) -> tuple[int, int, int, int, int, int]:
+    """Return the fields of a `ShapeReport` from its first group's layers to its staging bytes a token.
+
+    Parameters
+    ----------
+    token_bytes : int, optional
+        Those bytes, where a coder is known; by default without the slack that nvCOMP's slots have.
+    """
     sides = describe_sides(parameters, PLAN_ID)
     in_flight = encode_bytes_per_token(parameters, PLAN_ID), decode_bytes_per_token(parameters, PLAN_ID)
     return (
@@ -89,7 +97,7 @@ def describe_memory(parameters: AnyParameters) -> tuple[int, int, int, int, int,
         sum(side.stored for side in sides),
         sum(side.row for side in sides),
         basis_bytes(parameters, PLAN_ID),
-        max(in_flight),
+        token_bytes or max(in_flight),
     )
 
 
