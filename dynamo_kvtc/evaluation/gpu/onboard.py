@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
-from dynamo_kvtc.codec.gpu.host_memory import pin, unpin
 from dynamo_kvtc.errors import EvaluationError
 from dynamo_kvtc.evaluation.gpu.cache import make_cache
 from dynamo_kvtc.evaluation.gpu.report import Onboard
@@ -76,7 +75,7 @@ async def _measure(
     )
     async with AsyncExitStack() as opened:
         agent = await opened.enter_async_context(await TransferAgent.create())
-        staging = await StagingPool.create(agent, capacity // 2)
+        staging = await StagingPool.create(agent, capacity // 2, pinned=codec.device.type == "cuda")
         tier: Tier
         if folder is None:
             tier = await HostTier.open(agent, capacity)
@@ -96,11 +95,6 @@ async def _measure(
                 store_timeout_s=_STORE_TIMEOUT_S,
             )
         )
-        if codec.device.type == "cuda":
-            async with staging.lease(staging.nbytes, _STORE_TIMEOUT_S) as whole:
-                address = whole.address
-                pin(address, whole.nbytes)
-            opened.callback(unpin, address)
         hashes = [b"block %d" % index for index in range(len(block_ids))]
         blocks = SequenceBlocks(hashes, block_ids)
         await adapter.offload(blocks, cache).wait()
