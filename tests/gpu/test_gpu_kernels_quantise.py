@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from synthetic import random_plan, random_rd_plan
 
 from dynamo_kvtc.codec import packing, rd_packing
@@ -26,7 +27,14 @@ def layout_offsets(sizes: list[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-@pytest.mark.parametrize(("tokens", "seed"), [((13, 8), 0), ((1,), 1), ((17, 30), 2)])
+TOKENS = st.lists(st.integers(1, 24), min_size=1, max_size=2).map(tuple)
+
+
+@settings(max_examples=4)
+@given(tokens=TOKENS, seed=st.integers(0, 1 << 16))
+@example(tokens=(13, 8), seed=0)
+@example(tokens=(1,), seed=1)
+@example(tokens=(17, 30), seed=2)
 def test_kvtc_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...], seed: int) -> None:
     plan = random_plan(120, seed)
     quantiser = PlanQuantiser(plan)
@@ -61,7 +69,11 @@ def test_kvtc_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...
         start += count
 
 
-@pytest.mark.parametrize(("tokens", "seed"), [((13, 8), 0), ((1,), 1), ((30, 17), 2), ((10,), 3)])
+@settings(max_examples=4)
+@given(tokens=TOKENS, seed=st.integers(0, 1 << 16))
+@example(tokens=(1,), seed=1)
+@example(tokens=(30, 17), seed=2)
+@example(tokens=(10,), seed=3)
 def test_rd_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     plan = random_rd_plan(60, 0.5, generator)
