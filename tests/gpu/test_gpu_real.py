@@ -175,7 +175,8 @@ def test_real_kv_crosses_between_cpu_and_gpu(
     of_gpu, of_cpu = rig.encode(device), host.encode(rig.blocks)
     raw = STEP * geometry.token_bytes_16bit
     for mine, theirs in zip(of_gpu, of_cpu, strict=True):
-        assert len(mine) == pytest.approx(len(theirs), rel=0.03)
+        # A chunk has one Huffman code on the GPU, and with rd several on the CPU: more in streams this short.
+        assert len(mine) == pytest.approx(len(theirs), rel=0.01 if profile == "kvtc" else 0.15)
         assert raw / len(mine) > 4
     positions = torch.cat([torch.arange(part.start, part.stop) for part in rig.parts])
     errors = []
