@@ -10,6 +10,7 @@
 #   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
 #   FUZZ_ARGS=…        arguments of `python -m benchmarks.fuzz`
 #   SIMULATION_ARGS=…  arguments of `python -m benchmarks.simulation`
+#   BENCH_GPU_ARGS=…   arguments of `dynamo-kvtc bench gpu`
 
 VENV := .venv
 ENGINE := .venv-engine
@@ -103,6 +104,25 @@ soak: $(VENV)/.test  ## Hundreds of sessions at once for ten minutes, and what t
 crash: $(VENV)/.test  ## Kill workers a thousand times while they write: an hour
 	$(VENV)/bin/python -m benchmarks.crash $(CRASH_ARGS)
 
+# The GPU
+.PHONY: test-gpu sanitize-gpu bench-gpu
+SANITIZER ?= $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+
+test-gpu: $(VENV)/.gpu  ## On a machine with an NVIDIA GPU: the GPU codec's tests, and again under compute-sanitizer
+	$(VENV)/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
+	@if test -n "$(SANITIZER)"; then $(MAKE) sanitize-gpu; \
+	else echo "compute-sanitizer was not found (it is in the CUDA toolkit; SANITIZER=… names it): not run" >&2; fi
+
+# What the compiler of kernels does for itself is none of the sanitizer's business: its test is left out.
+sanitize-gpu: $(VENV)/.gpu
+	for tool in memcheck racecheck; do \
+	  $(SANITIZER) --tool $$tool --error-exitcode 99 --target-processes application-only \
+	    $(VENV)/bin/python -m pytest tests/gpu -p no:cacheprovider --deselect tests/gpu/test_gpu_compile.py $(PYTEST_ARGS) || exit 1; \
+	done
+
+bench-gpu: $(VENV)/.gpu  ## On a machine with an NVIDIA GPU: measure the GPU codec against its floors
+	$(KVTC) bench gpu $(BENCH_GPU_ARGS)
+
 # Dynamo
 .PHONY: simulation test-engine
 
@@ -152,6 +172,15 @@ $(VENV)/.demo: $(VENV)/.core
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install --editable '.[test]'
 	$(PIP) install --no-deps $(NIXL_OBJ)
+	@touch $@
+
+# nvCOMP has a package for each CUDA major version; torch says which one is here.
+$(VENV)/.gpu: $(VENV)/.test
+	@nvidia-smi >/dev/null 2>&1 || { echo "no NVIDIA GPU here (nvidia-smi fails); without one the same tests run in Triton's interpreter: make test" >&2; exit 1; }
+	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || { echo "torch in $(VENV) sees no GPU: make clean, and name an index of CUDA builds with TORCH_INDEX_URL" >&2; exit 1; }
+	cuda=$$($(VENV)/bin/python -c 'import torch; print(torch.version.cuda.split(".")[0])'); \
+	  test "$$cuda" = 12 && extra=nvcomp-cu12 || extra=nvcomp; $(PIP) install --editable ".[gpu,$$extra]"
 	@touch $@
 
 # vLLM and Dynamo have an environment of their own: their ranges of versions are narrow. Both are built for

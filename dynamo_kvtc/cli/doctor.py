@@ -27,6 +27,7 @@ from dynamo_kvtc.config import DiskTierConfig, check_config
 from dynamo_kvtc.errors import ConfigError, TierError
 from dynamo_kvtc.tiers.access import check_private
 from dynamo_kvtc.tiers.encryption_keys import read_key
+from dynamo_kvtc.transfer.gds import gds_problem
 
 __all__ = ["Check", "command", "examine"]
 
@@ -234,9 +235,11 @@ def _nvcomp(found: Mapping[str, Any]) -> Check:
 
 
 def _gds() -> Check:
-    driver = Path("/proc/driver/nvidia-fs/version")
-    found = "driver loaded" if driver.exists() else "no nvidia-fs driver"
-    return Check("GPUDirect Storage", "absent", found, "not used and never probed")
+    problem = gds_problem()
+    if problem is not None:
+        return Check("GPUDirect Storage", "absent", problem, "optional; leave transfer.gds at false")
+    found = "driver and cuFile are here; not tried"
+    return Check("GPUDirect Storage", "ok", found, "transfer.gds: true uses it for files")
 
 
 def _shared_memory() -> Check:

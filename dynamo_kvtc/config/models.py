@@ -179,6 +179,10 @@ class TransferConfig(Section):
     """Read and write files with io_uring where a trial transfer at start shows that it works; Linux
     AIO otherwise."""
 
+    gds: bool = False
+    """Read and write files through NIXL's GDS plugin (NVIDIA GPUDirect Storage, cuFile), past the page cache,
+    into the pinned staging memory. Needs the kernel driver nvidia-fs; refused at start without it."""
+
 
 class PipelineConfig(Section):
     """Offload and onboard."""

@@ -120,6 +120,7 @@ async def open_adapter(
             await TransferAgent.create(
                 AgentSettings(
                     io_uring=config.transfer.io_uring,
+                    gds=config.transfer.gds,
                     max_descriptors=config.transfer.max_descriptors,
                     interface=config.transfer.interface,
                 )

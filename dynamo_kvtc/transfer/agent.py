@@ -28,6 +28,7 @@ from dynamo_kvtc.errors import TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
 from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends
 from dynamo_kvtc.transfer.files import FileRegion, FileSpan
+from dynamo_kvtc.transfer.gds import GDS, open_direct
 from dynamo_kvtc.transfer.in_flight import InFlight
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
 from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
@@ -140,9 +141,24 @@ class TransferAgent:
     ) -> FileRegion:
         """Register an open file descriptor of which bytes ``[0, nbytes)`` may be transferred."""
         self._check_usable()
-        region = FileRegion(fd, nbytes, name or f"file {fd}", owns_fd, None)
-        await self._register(region)
+        if not self._settings.gds:
+            region = FileRegion(fd, nbytes, name or f"file {fd}", owns_fd, None)
+            await self._register(region)
+        else:
+            region = await self._register_direct(fd, nbytes, name or f"file {fd}")
+            if owns_fd:
+                os.close(fd)
         self._files.add(region)
+        return region
+
+    async def _register_direct(self, fd: int, nbytes: int, name: str) -> FileRegion:
+        direct = await asyncio.to_thread(open_direct, fd)
+        try:
+            region = FileRegion(direct, nbytes, name, True, None, direct=True)
+            await self._register(region)
+        except BaseException:
+            os.close(direct)
+            raise
         return region
 
     async def close_file(self, region: FileRegion) -> None:
@@ -176,11 +192,16 @@ class TransferAgent:
 
         Reading beyond the end of a file is a `TransferError`.
         """
-        await self._move("read", "READ", POSIX, FILE, [(into, source) for source, into in pairs], timeout_s)
+        reads = [(into, source) for source, into in pairs]
+        await self._move("read", "READ", self._file_backend, FILE, reads, timeout_s)
 
     async def write_file(self, pairs: Sequence[tuple[MemorySpan, FileSpan]], timeout_s: float) -> None:
         """Write ``(source, destination)`` pairs as one transfer; raises as `copy` does. Never syncs."""
-        await self._move("write", "WRITE", POSIX, FILE, pairs, timeout_s)
+        await self._move("write", "WRITE", self._file_backend, FILE, pairs, timeout_s)
+
+    @property
+    def _file_backend(self) -> str:
+        return GDS if self._settings.gds else POSIX
 
     async def _move(
         self,

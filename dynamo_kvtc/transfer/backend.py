@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamo_kvtc.errors import MissingDependencyError, TransferError
+from dynamo_kvtc.transfer.gds import GDS, gds_problem
 
 __all__ = [
     "DRAM",
@@ -31,6 +32,7 @@ __all__ = [
     "POSIX",
     "UCX",
     "NixlHandle",
+    "add_gds",
     "create_nixl_agent",
     "create_object_agent",
     "load_nixl",
@@ -170,6 +172,27 @@ def create_object_agent(name: str, options: Mapping[str, str]) -> NixlHandle:
         # Not the error itself: it may quote the options, and these hold credentials.
         raise TransferError(f"NIXL's OBJ backend does not start: {type(error).__name__}") from None
     return agent
+
+
+def add_gds(agent: NixlHandle, options: Mapping[str, str]) -> None:
+    """Give an agent the GDS backend; in the thread that makes every later call.
+
+    Raises
+    ------
+    TransferError
+        If GPUDirect Storage cannot be used here; nothing has been tried then that could hang.
+    """
+    problem = gds_problem()
+    if problem is None and GDS not in agent.get_plugin_list():
+        problem = "this NIXL has no GDS plugin (NIXL_PLUGIN_DIR may point to it)"
+    if problem is not None:
+        raise TransferError(
+            f"transfer.gds is true, but {problem}; set it to false, or see `dynamo-kvtc doctor`"
+        )
+    try:
+        agent.create_backend(GDS, dict(options))
+    except Exception as error:
+        raise TransferError(f"NIXL's GDS backend does not start: {error!r}; see cufile.log") from error
 
 
 def _empty_agent(name: str) -> NixlHandle:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamo_kvtc.transfer.backend import FILE, POSIX
+from dynamo_kvtc.transfer.gds import GDS
 
 __all__ = ["FileRegion", "FileSpan"]
 
@@ -27,6 +28,8 @@ class FileRegion:
         Whether `TransferAgent.close_file` closes `fd`.
     registration : Any
         NIXL's handle, owned by the agent.
+    direct : bool
+        Whether GPUDirect Storage moves its bytes.
     """
 
     fd: int
@@ -34,6 +37,7 @@ class FileRegion:
     name: str
     owns_fd: bool
     registration: Any
+    direct: bool = False
 
     @property
     def kind(self) -> str:
@@ -43,7 +47,7 @@ class FileRegion:
     @property
     def backend(self) -> str:
         """The NIXL backend that moves its bytes."""
-        return POSIX
+        return GDS if self.direct else POSIX
 
     @property
     def registered_name(self) -> str:

@@ -25,9 +25,11 @@ from dynamo_kvtc.transfer.backend import (
     MEMORY_BACKENDS,
     OBJ,
     NixlHandle,
+    add_gds,
     create_nixl_agent,
     create_object_agent,
 )
+from dynamo_kvtc.transfer.gds import GDS, gds_options
 from dynamo_kvtc.transfer.settings import AgentSettings
 
 __all__ = ["OwnerThread", "Transfer"]
@@ -123,11 +125,16 @@ class OwnerThread:
             self._agent, self.file_mode = create_nixl_agent(
                 settings.name, io_uring=settings.io_uring, interface=settings.interface
             )
+            if settings.gds:
+                add_gds(self._agent, gds_options(settings.max_descriptors, settings.max_transfers))
+                self.file_mode = "gds"
 
     @property
     def memory_backends(self) -> list[str]:
         """Backends that memory is registered with."""
-        return MEMORY_BACKENDS if self._settings.object_store is None else [OBJ]
+        if self._settings.object_store is not None:
+            return [OBJ]
+        return [*MEMORY_BACKENDS, GDS] if self._settings.gds else MEMORY_BACKENDS
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` in the owner thread."""

@@ -18,6 +18,8 @@ class AgentSettings:
         Prefix of the NIXL agent's name; a process-unique suffix is added.
     io_uring : bool
         Try io_uring for files. A real transfer at start decides whether it works; Linux AIO otherwise.
+    gds : bool
+        Move files through NIXL's GDS plugin instead of its POSIX backend; see `dynamo_kvtc.transfer.gds`.
     interface : str
         Network interface that UCX opens its sockets on; all copies stay within the process, so it is the
         loopback one. Empty leaves it to UCX, which listens on every interface; so do the variables
@@ -39,6 +41,7 @@ class AgentSettings:
 
     name: str = "kvtc"
     io_uring: bool = True
+    gds: bool = False
     interface: str = "lo"
     max_descriptors: int = 16_384
     max_post_bytes: int = 4 << 20
