@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from copy import deepcopy
 from hashlib import blake2b
 from random import Random
 from typing import Any, NamedTuple
@@ -124,6 +125,11 @@ def _seal(document: Any, tensors: bytes) -> bytes:
     return _dump(document)
 
 
+def _value(random: Random) -> Any:
+    # A copy: what is changed in one case must not be part of the next, or of itself.
+    return deepcopy(random.choice(_VALUES))
+
+
 def _mutate_json(random: Random, document: Any) -> Any:
     """Replace, remove, double or rename something in a JSON document."""
     places: list[tuple[Any, Any]] = []
@@ -136,11 +142,11 @@ def _mutate_json(random: Random, document: Any) -> Any:
 
     visit(document)
     if not places:
-        return random.choice(_VALUES)
+        return _value(random)
     parent, key = random.choice(places)
     act = random.randrange(8)
     if act <= 3:
-        parent[key] = random.choice(_VALUES)
+        parent[key] = _value(random)
     elif act == 4 and isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
         parent[key] += random.choice((-1, 1, 0.5, -parent[key], parent[key]))
     elif act == 5:
