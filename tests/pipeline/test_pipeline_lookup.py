@@ -1,8 +1,10 @@
 """The lookup service, over real sockets."""
 
 import asyncio
+import os
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -58,6 +60,42 @@ def test_folder_and_socket_are_the_users_own(path: Path, tmp_path: Path) -> None
 
 async def test_the_socket_is_closed_to_others(rig: Rig, path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect as another user")
+async def test_another_user_gets_no_answer_whatever_the_file_modes() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        async with open_rig(Path(folder)) as rig:
+            blocks = rig.sequence(64)
+            await rig.store(blocks)
+            path = Path(folder) / "open" / "socket"
+            path.parent.mkdir()
+            service = LookupService(rig.adapter, path)
+            await service.start()
+            for opened in (folder, path.parent, path):
+                Path(opened).chmod(0o777)
+            request = frames.encode({"op": "lookup", **frames.pack_hashes(blocks.hashes)})
+            answers = []
+            for user in (0, 65_534):
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.settimeout(10)
+                    # The kernel notes who connects.
+                    os.seteuid(user)
+                    try:
+                        connection.connect(str(path))
+                    finally:
+                        os.seteuid(0)
+                    connection.sendall(request)
+                    answers.append(await asyncio.to_thread(_receive, connection))
+            assert answers[0] and not answers[1]
+            await service.close()
+
+
+def _receive(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(1000)
+    except ConnectionError:
+        return b""
 
 
 async def test_a_service_takes_the_place_of_one_that_died(rig: Rig, path: Path) -> None:

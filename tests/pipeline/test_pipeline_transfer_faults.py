@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rig import BLOCK_SIZE, Rig, open_rig
@@ -30,7 +31,9 @@ def leak_check(rig: Rig) -> LeakCheck:
         """Counts of all tiers in one, as far as `LeakCheck` looks at them."""
 
         def stats(self) -> object:
-            return next(iter(rig.adapter.tiers.stats().values()))
+            every = rig.adapter.tiers.stats().values()
+            names = ("pinned_objects", "allocated_bytes", "stored_bytes")
+            return SimpleNamespace(**{name: sum(getattr(stats, name) for stats in every) for name in names})
 
     tiers: Tier = AllTiers()  # type: ignore[assignment]
     return LeakCheck(rig.agent, rig.staging, tiers)
@@ -116,6 +119,37 @@ async def test_lookups_and_onboards_cancelled_at_every_await(tmp_path: Path) -> 
         await cancel_at_every_await(lambda: rig.adapter.lookup(blocks.hashes), after)
         await cancel_at_every_await(onboard, after)
         assert await onboard_or_know(rig, blocks) == TOKENS
+
+
+async def test_offloads_and_resets_cancelled_at_every_await(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, onboard=SETTINGS) as rig:
+        blocks = rig.sequence(TOKENS)
+        await rig.store(blocks)
+        assert await onboard_or_know(rig, blocks) == TOKENS
+        await rig.adapter.reset()
+        leaks = leak_check(rig)
+
+        async def offload() -> None:
+            ticket = rig.adapter.offload(blocks, rig.source)
+            await ticket.gathered()
+            await ticket.wait()
+
+        async def after(_: bool) -> None:
+            # Who waits may give up; the offload itself goes on, and a second one does nothing.
+            await rig.store(blocks)
+            for _ in range(2000):
+                if await rig.adapter.lookup(blocks.hashes) == TOKENS:
+                    break
+                await asyncio.sleep(0.01)
+            assert await onboard_or_know(rig, blocks) == TOKENS
+            await rig.adapter.tiers.settle()
+            await rig.adapter.reset()
+            assert await rig.adapter.lookup(blocks.hashes) == 0
+            await leaks.settle(allow={"file descriptors": 8, "bytes beside objects": 64 << 10})
+
+        await cancel_at_every_await(offload, after)
+        await rig.store(blocks)
+        await cancel_at_every_await(rig.adapter.reset, after)
 
 
 @pytest.mark.parametrize("step", range(0, 60, 10))
