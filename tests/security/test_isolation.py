@@ -17,6 +17,7 @@ from rig import GEOMETRY, open_rig
 from dynamo_kvtc.errors import ObjectMissingError, OnboardError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.tiers import DiskTier, HostTier, Namespace, ReadRequest, SharedDiskTier, Tier
+from dynamo_kvtc.tiers.breaker_tier import BreakerTier
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
 #: The same text, so the same sequence hashes, for everybody. Salts are prefixes of each other, and of hashes.
@@ -39,11 +40,26 @@ async def shared_disk(agent: TransferAgent, folder: Path) -> Tier:
     return await SharedDiskTier.open(agent, folder / "shared", 4 << 20)
 
 
+async def encrypted(agent: TransferAgent, folder: Path) -> Tier:
+    pytest.importorskip("cryptography", reason="needs cryptography: pip install 'dynamo-kvtc[encryption]'")
+    from dynamo_kvtc.tiers.encrypted import EncryptedTier
+    from dynamo_kvtc.tiers.encryption_keys import KeyRing, MasterKey
+
+    ring = KeyRing(MasterKey("new", bytes(range(32))), MasterKey("old", bytes(32)))
+    return EncryptedTier(await host(agent, folder), ring, await StagingPool.create(agent, 1 << 20))
+
+
+async def guarded(agent: TransferAgent, folder: Path) -> Tier:
+    return BreakerTier(await host(agent, folder), await StagingPool.create(agent, 1 << 20))
+
+
 def keys_of(salt: bytes) -> list[bytes]:
     return [Namespace(bytes(32), "layout", salt).key(sequence_hash) for sequence_hash in HASHES]
 
 
-@pytest.mark.parametrize("open_tier", [host, disk, shared_disk], ids=lambda open_tier: open_tier.__name__)
+@pytest.mark.parametrize(
+    "open_tier", [host, disk, shared_disk, encrypted, guarded], ids=lambda open_tier: open_tier.__name__
+)
 async def test_colliding_prefixes_stay_apart_in_every_tier(open_tier: Open, tmp_path: Path) -> None:
     async with await TransferAgent.create() as agent:
         staging = await StagingPool.create(agent, 1 << 20)

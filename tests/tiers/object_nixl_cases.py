@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
+from bucket_faults import FaultyBucket
 
 from dynamo_kvtc.errors import ObjectMissingError, StoreUnavailableError, TransferError
 from dynamo_kvtc.testing.conformance import TierConformance, TierDriver, object_bytes, object_key
+from dynamo_kvtc.testing.fault_suite import TierFaultSuite
 from dynamo_kvtc.tiers import BucketPlace, ObjectSettings, ObjectTier, Tier
 from dynamo_kvtc.tiers.object_client import BucketClient
 from dynamo_kvtc.tiers.object_format import object_name
@@ -28,6 +32,25 @@ class TestObjectTierOverNixl(TierConformance):
 
     async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
         tier = await ObjectTier.open(place(folder), capacity_bytes, settings=SETTINGS)
+        assert tier.transport == "nixl"
+        return tier
+
+
+class TestObjectTierOverNixlUnderFaults(TierFaultSuite):
+    # Those of the backend's own connections, and the proxy's ends of them.
+    kept_descriptors = 48
+
+    @pytest_asyncio.fixture
+    async def transfer(self) -> AsyncIterator[FaultyBucket]:
+        async with await TransferAgent.create() as agent:
+            self.bucket = FaultyBucket(agent, ENDPOINT)
+            yield self.bucket
+            self.bucket.stop()
+
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        where = BucketPlace("kvtc", prefix="/".join(folder.parts[-2:]), endpoint=self.bucket.endpoint)
+        settings = ObjectSettings(timeout_s=5.0, lookup_wait_s=20.0, miss_ttl_s=0.0, transport="nixl")
+        tier = await ObjectTier.open(where, capacity_bytes, settings=settings)
         assert tier.transport == "nixl"
         return tier
 

@@ -39,7 +39,7 @@ def test_the_object_tier_over_nixl(s3_server: S3Server, tmp_path: Path) -> None:
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=560,
         check=False,
     )
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
