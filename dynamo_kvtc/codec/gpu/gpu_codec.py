@@ -7,7 +7,6 @@ writes into the engine's blocks. Sizes, headers and checksums are the host's bus
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
 
@@ -22,15 +21,12 @@ from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch, gather_
 from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, default_coder
 from dynamo_kvtc.codec.gpu.faults import fault_error
 from dynamo_kvtc.codec.gpu.kernels.gather import gather_rows
-from dynamo_kvtc.codec.gpu.kvtc_side import KvtcGpuSide
 from dynamo_kvtc.codec.gpu.opened import DeviceGroup, Segment, join_groups
 from dynamo_kvtc.codec.gpu.opening import StoredGroup, inflate, plan_inflate, sink_payload, verify
-from dynamo_kvtc.codec.gpu.paged import PagedSide, channel_pairs
-from dynamo_kvtc.codec.gpu.rd_side import RdGpuSide
+from dynamo_kvtc.codec.gpu.resident import Resident
 from dynamo_kvtc.codec.gpu.rotation import rotation_tables
 from dynamo_kvtc.codec.gpu.scattering import ScatterWork, run_positions, token_slots
 from dynamo_kvtc.codec.gpu.sections import Sections
-from dynamo_kvtc.codec.gpu.side import GpuSide
 from dynamo_kvtc.codec.gpu.staging import (
     StagingBudget,
     decode_bytes,
@@ -39,18 +35,15 @@ from dynamo_kvtc.codec.gpu.staging import (
     encode_bytes_per_token,
 )
 from dynamo_kvtc.codec.gpu.weights import DeviceWeights
-from dynamo_kvtc.codec.header import Profile, SectionKind
+from dynamo_kvtc.codec.header import SectionKind
 from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
-from dynamo_kvtc.errors import ArtifactMismatchError, BitstreamError, KvtcError, LayoutError
+from dynamo_kvtc.errors import ArtifactMismatchError, BitstreamError, KvtcError
 
 __all__ = ["GpuCodec"]
 
 _SIDES = (SectionKind.KEYS, SectionKind.VALUES)
-
-#: Descriptions of caches that are kept: an engine has one cache, of keys and values.
-_MOST_CACHES = 8
 
 
 class _Batch:
@@ -97,12 +90,7 @@ class GpuCodec(PagedCodec):
         self.most_open_tokens, self.most_encode_tokens = (staging_bytes // 2 // taken for taken in each)
         #: Bytes of staging memory that a token takes while it is encoded or decoded, whichever is more.
         self.token_bytes = max(each)
-        self._caches: dict[tuple[object, ...], PagedSide] = {}
-        self._pairs = channel_pairs(self.parameters.rope, self.geometry.head_size)
-        self._channels = gpu.upload(self._pairs)
-        self._in_order = torch.equal(self._pairs.flatten(), torch.arange(self.geometry.head_size))
-        self._made: dict[tuple[int, SectionKind, int], GpuSide] = {}
-        self._lock = threading.Lock()
+        self._resident = Resident(gpu, self.parameters)
 
     def with_plan_of(self, codec: KvCodec) -> GpuCodec:
         """Return a codec that encodes with another plan; see `PagedCodec.with_plan_of`.
@@ -155,7 +143,7 @@ class GpuCodec(PagedCodec):
         """Put the bases of the plan that is encoded with on the device; see `KvCodec.warm_up`."""
         for group in range(len(self.layer_groups)):
             for kind in _SIDES:
-                self._side(group, kind, self.host.encoding_plan)
+                self._resident.side(group, kind, self.host.encoding_plan)
 
     # --- encode ----------------------------------------------------------------------------------
 
@@ -201,7 +189,7 @@ class GpuCodec(PagedCodec):
         """Launch the encoding of tier blocks; see `PagedCodec.begin_encode`."""
         plan_id = self.host.encoding_plan
         gpu, geometry, rope = self._gpu, self.geometry, self.parameters.rope
-        caches = self._cache(keys), self._cache(values)
+        caches = self._resident.cache(keys), self._resident.cache(values)
         coded = [block.num_tokens - block.sink_tokens for block in blocks]
         block_size = caches[0].block_size
         slots = [token_slots(block.block_ids, block_size)[: block.num_tokens] for block in blocks]
@@ -223,7 +211,7 @@ class GpuCodec(PagedCodec):
             sides, sections, total = [], [], 0
             for group in range(len(self.layer_groups)):
                 for kind in _SIDES:
-                    side, offsets = self._side(group, kind, plan_id), []
+                    side, offsets = self._resident.side(group, kind, plan_id), []
                     for tokens in coded:
                         offsets.append(total + side.symbols_offset(tokens))
                         total += side.slab_bytes(tokens)
@@ -342,7 +330,7 @@ class GpuCodec(PagedCodec):
             coefficients = []
             for kind in _SIDES:
                 offsets, sizes = zip(*plan.sections[kind], strict=True)
-                side = self._side(group, kind, plan_id)
+                side = self._resident.side(group, kind, plan_id)
                 with gpu.stage("unpack, dequantise"):
                     coefficients.append(side.decode(payload, coded, offsets, sizes, faults))
             # Waits for the batch, in the thread that opens it.
@@ -394,7 +382,7 @@ class GpuCodec(PagedCodec):
     ) -> list[Completion]:
         """Launch the decoding of layers into the engine's blocks; see `PagedCodec.scatter`."""
         gpu = self._gpu
-        caches = self._cache(keys), self._cache(values)
+        caches = self._resident.cache(keys), self._resident.cache(values)
         with gpu.active(), gpu.stage("inverse product, scatter"):
             gpu.after_engine(after)
             all_slots = token_slots(block_ids, caches[0].block_size)
@@ -415,48 +403,7 @@ class GpuCodec(PagedCodec):
 
     def _scatter_work(self, part: DeviceGroup, slots: torch.Tensor) -> ScatterWork:
         def weights(kind: SectionKind) -> DeviceWeights:
-            return self._side(part.group, kind, part.plan_id).weights
+            return self._resident.side(part.group, kind, part.plan_id).weights
 
         layers = self.layer_groups[part.group]
         return ScatterWork(self._gpu, self.parameters.rope, layers, weights, part, slots)
-
-    # --- shared ----------------------------------------------------------------------------------
-
-    def _cache(self, views: Sequence[torch.Tensor]) -> PagedSide:
-        """Describe the cache's keys or values, and check that they are the codec's."""
-        geometry = self.geometry
-        first = views[0]
-        key = (*(view.data_ptr() for view in views), *first.shape, *first.stride(), first.dtype)
-        known = self._caches.get(key)
-        if known is not None:
-            return known
-        shape = (geometry.num_kv_heads, geometry.head_size)
-        if len(views) != geometry.num_layers or tuple(first.shape[2:]) != shape:
-            raise LayoutError(
-                f"{len(views)} layers of {tuple(first.shape)}; the codec serves {geometry.num_layers} "
-                f"layers of [blocks, block_size, {shape[0]}, {shape[1]}]"
-            )
-        if first.dtype != geometry.torch_dtype or first.device.type != self.device.type:
-            raise LayoutError(
-                f"a cache of {first.dtype} on {first.device}; the codec serves {geometry.torch_dtype} on "
-                f"{self.device}"
-            )
-        with self._gpu.active():
-            side = PagedSide.of(views, self._channels, in_order=self._in_order)
-        if len(self._caches) < _MOST_CACHES:
-            self._caches[key] = side
-        return side
-
-    def _side(self, group: int, kind: SectionKind, plan_id: int) -> GpuSide:
-        key = (group, kind, plan_id)
-        with self._lock:
-            if key not in self._made:
-                self._made[key] = self._make_side(*key)
-            return self._made[key]
-
-    def _make_side(self, group: int, kind: SectionKind, plan_id: int) -> GpuSide:
-        parameters = self.parameters.groups[group]
-        side = parameters.keys if kind is SectionKind.KEYS else parameters.values
-        make = RdGpuSide if self.parameters.profile is Profile.RD else KvtcGpuSide
-        with self._gpu.active():
-            return make(self._gpu, side, plan_id, self.geometry.layer_size, self._pairs)
