@@ -33,7 +33,7 @@ ENGINE_PIP := $(ENGINE)/bin/python -m pip --disable-pip-version-check --quiet
 VLLM ?= 0.31.0
 DYNAMO := 1.6.1
 
-.PHONY: demo demo-short test e2e e2e-ci lint types lock sbom licences schema manifests docs quality quality-quick replay engine clean help
+.PHONY: demo demo-short test e2e e2e-ci lint types lock sbom licences schema manifests docs quality quality-quick engine clean help
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -85,10 +85,6 @@ docs: $(VENV)/.demo  ## Write the API reference to build/api
 quality: $(VENV)/.demo  ## Compare codecs on tasks and models: hours, and a model is downloaded
 	$(VENV)/bin/python -m benchmarks.quality run $(QUALITY_ARGS)
 
-replay: $(VENV)/.demo  ## Replay conversations with and without tiers; makes the demo's artifact if there is none
-	test -d demo-output/artifact || $(KVTC) demo --short
-	$(VENV)/bin/python -m benchmarks.replay $(REPLAY_ARGS)
-
 quality-quick: $(VENV)/.demo  ## The same in a minute or two, on the demo's model
 	$(VENV)/bin/python -m benchmarks.quality run --quick --out quality-quick-output $(QUALITY_ARGS)
 
@@ -124,13 +120,16 @@ bench-gpu: $(VENV)/.gpu  ## On a machine with an NVIDIA GPU: measure the GPU cod
 	$(KVTC) bench gpu $(BENCH_GPU_ARGS)
 
 # Dynamo
-.PHONY: simulation test-engine
+.PHONY: simulation replay test-engine
 
 test-engine: $(ENGINE)/.ready  ## Run the adapters' tests in a real vLLM on the CPU
 	$(ENGINE)/bin/python -m pytest tests/engines $(PYTEST_ARGS)
 
 simulation: $(ENGINE)/.ready  ## What the tier does to a cluster: Dynamo with simulated workers, ten minutes
 	PYTHONPATH=. $(ENGINE)/bin/python -m benchmarks.simulation $(SIMULATION_ARGS)
+
+replay: $(ENGINE)/.ready  ## Replay conversations in vLLM with and without tiers: half an hour
+	$(ENGINE)/bin/python -m benchmarks.replay $(REPLAY_ARGS)
 
 clean:  ## Remove the environment and everything that tools left behind
 	rm -rf $(VENV) $(ENGINE) $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output quality-output quality-quick-output fuzz-output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def plot_replay(result: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_dashboard(scrapes: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw panels of the dashboard from what a worker's endpoint told during the run."""
+def plot_dashboard(processes: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw panels of the dashboard from what a worker's metrics told, in one process after the other."""
     figure, axes = plt.subplots(3, 3, figsize=(14, 9), layout="constrained")
     figure.suptitle("dynamo_kvtc: is it compressing, is it faster, is anything wrong")
     panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -78,6 +78,7 @@ def plot_dashboard(scrapes: Sequence[Mapping[str, Any]], path: Path) -> None:
                 ("decisions_total{onboard,trim}", "trim"),
                 ("decisions_total{onboard,recompute}", "recompute"),
                 ("decisions_total{offload,compress}", "compress (tier blocks)"),
+                ("decisions_total{offload,skip}", "skip (tier blocks)"),
             ),
         ),
         (
@@ -93,22 +94,21 @@ def plot_dashboard(scrapes: Sequence[Mapping[str, Any]], path: Path) -> None:
             ),
         ),
     )
-    restarts = [b["seconds"] for a, b in pairwise(scrapes) if a["process"] != b["process"]]
+    ends = list(accumulate(scrapes[-1]["seconds"] for scrapes in processes))
     for one, (title, series) in zip(axes.flat, panels, strict=True):
         for key, label in series:
-            times, values, process = [], [], 0
-            for each in scrapes:
-                value = each["values"].get(f"dynamo_kvtc_{key}")
-                if value is None:
-                    continue
-                if each["process"] != process:  # counters begin anew: no line between the two
-                    times.append(each["seconds"])
-                    values.append(math.nan)
-                    process = each["process"]
-                times.append(each["seconds"])
-                values.append(value)
+            times, values = [], []
+            for began, scrapes in zip([0.0, *ends], processes, strict=False):
+                for each in scrapes:
+                    value = each["values"].get(f"dynamo_kvtc_{key}")
+                    if value is not None:
+                        times.append(began + each["seconds"])
+                        values.append(value)
+                # Counters begin anew: no line between two processes.
+                times.append(math.nan)
+                values.append(math.nan)
             one.plot(times, values, label=label, marker=".", linewidth=1)
-        for moment in restarts:
+        for moment in ends[:-1]:
             one.axvline(moment, color="grey", linestyle=":", linewidth=1)
         one.set_title(title, fontsize="medium")
         one.set_ylim(bottom=0)

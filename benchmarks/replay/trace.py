@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,18 @@ class TraceSettings:
     conversations: int = 6
     turns: int = 4
     shared: int = 256
-    first: int = 512
-    growth: int = 256
+    first: int = 1024
+    growth: int = 384
     seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a conversation's last turn."""
+        return self.shared + self.first + (self.turns - 1) * self.growth
+
+    def with_seed(self, seed: int) -> TraceSettings:
+        """Return a trace of the same shape with other text."""
+        return replace(self, seed=seed)
 
 
 def make_trace(corpus: Sequence[int], settings: TraceSettings) -> list[Turn]:
