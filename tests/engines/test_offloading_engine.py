@@ -128,7 +128,7 @@ def test_raw_chunks_change_no_answer(plain: Any, stored: Any) -> None:
     _, first = stored
     assert_same(first["rounds"][0], plain)
     # The prompts have 4 whole chunks each and share the first 3.
-    assert first["metrics"]["vllm:kvtc_offloaded_chunks"] == 5
+    assert first["metrics"]["vllm:kvtc_offloaded_blocks"] == 5
 
 
 @pytest.mark.slow
@@ -140,11 +140,11 @@ def test_a_second_process_is_served_from_disk(
     second = serve(model, prompts, connector(folder))
     assert_same(second["rounds"][0], plain)
     assert second["rounds"][0][0]["cached"] == 4 * CHUNK
-    assert second["metrics"]["vllm:kvtc_onboarded_chunks"] == 5
+    assert second["metrics"]["vllm:kvtc_onboarded_blocks"] == 5
     salted = serve(model, prompts, connector(folder), salt="another tenant")
     assert_same(salted["rounds"][0], plain)
     assert salted["rounds"][0][0]["cached"] == 0
-    assert salted["metrics"].get("vllm:kvtc_onboarded_chunks", 0) == 0
+    assert salted["metrics"].get("vllm:kvtc_onboarded_blocks", 0) == 0
 
 
 def our_spec(folder: Path, **ours: Any) -> dict[str, Any]:
@@ -171,8 +171,8 @@ def test_our_spec_serves_the_second_turn(model: Path, prompts: list[list[int]], 
     computed, loaded = answered["rounds"]
     assert computed[0]["cached"] == 0 and loaded[0]["cached"] == 4 * CHUNK
     assert_same(loaded, computed)
-    assert answered["metrics"]["vllm:kvtc_offloaded_chunks"] == 5
-    assert answered["metrics"]["vllm:kvtc_onboarded_chunks"] >= 4
+    assert answered["metrics"]["vllm:kvtc_offloaded_blocks"] == 5
+    assert answered["metrics"]["vllm:kvtc_onboarded_blocks"] >= 4
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_events_and_metrics(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, "chunks are stored and not counted"
             time.sleep(0.005)
         stats = host.manager.get_stats()
-        assert stats is not None and stats.reduce()["vllm:kvtc_offloaded_chunks"] == 3
+        assert stats is not None and stats.reduce()["vllm:kvtc_offloaded_blocks"] == 3
         assert set(stats.data["data"]) <= set(KvtcOffloadingSpec.build_metric_definitions({}))
 
 

@@ -191,7 +191,7 @@ def test_events_and_metrics_tell_what_is_stored(tmp_path: Path) -> None:
         stats = host.tier.get_stats()
         assert stats is not None
         values = stats.reduce()
-        assert values["vllm:kvtc_offloaded_chunks"] == 3 and values["vllm:kvtc_onboarded_chunks"] == 3
+        assert values["vllm:kvtc_offloaded_blocks"] == 3 and values["vllm:kvtc_onboarded_blocks"] == 3
         definitions = TieringOffloadingSpec.build_metric_definitions(host.spec.extra_config)
         assert set(stats.data["data"]) <= set(definitions)
         host.tier._adapter.reset()

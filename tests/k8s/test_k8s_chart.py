@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,12 @@ def test_our_own_endpoint_is_opened_and_scraped(tmp_path: Path) -> None:
     for other in ({"monitoring": {"endpoint": "system"}}, {"connector": "offloading"}):
         changes = {**SETS["offloading"], **other} if "connector" in other else other
         changes = changed(changes, "monitoring.podMonitor.enabled", True)
-        assert only("PodMonitor", changes)["spec"]["podMetricsEndpoints"][0]["port"] == "system"
+        endpoint = only("PodMonitor", changes)["spec"]["podMetricsEndpoints"][0]
+        assert endpoint["port"] == "system"
+        (renaming,) = endpoint["metricRelabelings"]
+        match = re.fullmatch(renaming["regex"], "vllm:kvtc_offloaded_tokens_total")
+        assert match is not None and renaming["targetLabel"] == "__name__"
+        assert renaming["replacement"].replace("${1}", match[1]) == "dynamo_kvtc_offloaded_tokens_total"
         config, _ = check_config(config_file(changes, tmp_path), {})
         assert config is not None and config.observability.metrics_port is None
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -28,6 +24,7 @@ from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.lookup_service import LookupService, socket_path
 from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.status_feed import StatusFeed
 from dynamo_kvtc.pipeline.threaded import ThreadedOffload, ThreadedOnboard, ThreadedTierAdapter
 
 __all__ = ["KvtcWorker"]
@@ -39,9 +36,6 @@ _PREEMPTION_PATIENCE_S = 0.1
 
 #: How long a step that computes nothing is held back while something is awaited.
 _IDLE_STEP_S = 0.002
-
-#: How often the adapter's status is asked for.
-_STATUS_EVERY_S = 1.0
 
 #: Added to the onboard's own deadline, which is the one that counts.
 _MARGIN_S = 10.0
@@ -107,9 +101,7 @@ class KvtcWorker:
         self._pending: list[ThreadedOffload] = []
         self._pending_reported = 0
         self._stats = WorkerStats()
-        self._status: Mapping[str, Any] = {}
-        self._next_status: Future[Mapping[str, Any]] | None = None
-        self._status_at = 0.0
+        self._feed: StatusFeed | None = None
 
     # --- start and end -----------------------------------------------------------------------------
 
@@ -127,6 +119,8 @@ class KvtcWorker:
             lambda: open_adapter(config, cache.geometry, cache.block_size, rope, device=cache.device),
             timeout_s=300.0,
         )
+
+        self._feed = StatusFeed(adapter)
 
         async def serve(tiers: TierAdapter) -> LookupService:
             service = LookupService(tiers, socket_path(self._settings.service))
@@ -337,24 +331,12 @@ class KvtcWorker:
     def stats(self) -> KvtcConnectorStats | None:
         """Return what has changed in the tiers' metrics since the last call.
 
-        Counters are of now. What only the adapter's event loop may read, such as the tiers' fill, is asked
-        for now and told by a later call: a step does not wait for it.
+        Counters are of now, everything else from up to a second ago: a step does not wait for it.
         """
-        if self._adapter is None:
+        if self._adapter is None or self._feed is None:
             return None
-        if self._next_status is not None and self._next_status.done():
-            with suppress(Exception):  # of a loop that is being closed; asked again
-                self._status = self._next_status.result()
-            self._next_status = None
-        if self._next_status is None and time.monotonic() >= self._status_at:
-            self._status_at = time.monotonic() + _STATUS_EVERY_S
-            self._next_status = self._adapter.start(_read_status)
-        return self._stats.take(self._adapter.counters.snapshot(), self._status)
+        return self._stats.take(self._adapter.counters.snapshot(), self._feed.latest())
 
     def _opened(self) -> tuple[ThreadedTierAdapter, PagedKvCache]:
         assert self._adapter is not None and self._cache is not None, "vLLM registers its caches first"
         return self._adapter, self._cache
-
-
-async def _read_status(tiers: TierAdapter) -> Mapping[str, Any]:
-    return tiers.status().to_dict()

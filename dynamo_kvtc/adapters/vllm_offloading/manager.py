@@ -64,7 +64,7 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
     def __init__(self, shared: SharedTiers, *, medium: Medium, events: bool) -> None:
         self._shared, self._store, self._medium = shared, shared.store, medium
         self._keys = KeyReader(shared.policy.tier_block_tokens)
-        self._metrics = TierMetrics()
+        self._metrics = TierMetrics(shared.adapter, shared.store, shared.policy.tier_block_tokens)
         self._job_ids = itertools.count()
         self._free = list(range(shared.slots))
         self._staged: OrderedDict[OffloadKey, _Staged] = OrderedDict()
@@ -102,8 +102,8 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         self._collect()
         result = self._look_up(key, req_context)
         # A chunk that is awaited is asked for in every step; it counts once it is decided.
-        self._metrics.lookups += result is not LookupResult.HIT_PENDING
-        self._metrics.hits += result is LookupResult.HIT
+        if result is not LookupResult.HIT_PENDING:
+            self._metrics.looked_up(result is LookupResult.HIT)
         return result
 
     def _look_up(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -237,7 +237,7 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """Return what has changed since the last call."""
-        return self._metrics.take(self._shared.adapter.counters, self._store)
+        return self._metrics.take()
 
     def reset_cache(self) -> None:
         """Forget everything: vLLM may be about to change the model's weights."""

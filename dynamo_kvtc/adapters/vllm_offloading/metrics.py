@@ -1,6 +1,13 @@
-"""The tier's counters as vLLM's metrics."""
+"""The tiers' metrics as vLLM's offloading metrics.
+
+Each metric of docs/metrics.md appears on vLLM's port as ``vllm:kvtc_…`` in place of ``dynamo_kvtc_…``, as
+with the connector. Blocks are vLLM's chunks here, and a lookup asks for one of them. The series of a histogram
+are gauges: vLLM's interface cannot add observations that were made elsewhere.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
@@ -9,72 +16,75 @@ from vllm.v1.kv_offload.base import (
     OffloadingMetricMetadata,
 )
 
-from dynamo_kvtc.observability import Counters
+from dynamo_kvtc.observability import SEPARATOR, flat_series, flat_values
 from dynamo_kvtc.pipeline.chunk_store import ChunkStore
+from dynamo_kvtc.pipeline.status_feed import StatusFeed
+from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 
-__all__ = ["TierMetrics", "metric_definitions"]
+__all__ = ["PREFIX", "TierMetrics", "metric_definitions"]
 
-_COUNTERS: dict[str, str] = {
-    "vllm:kvtc_offloaded_chunks": "Chunks encoded and stored by the compressed tier.",
-    "vllm:kvtc_offloaded_raw_bytes": "Their size in vLLM's cache, in bytes.",
-    "vllm:kvtc_offloaded_stored_bytes": "Their size as stored, headers included, in bytes.",
-    "vllm:kvtc_onboarded_chunks": "Chunks decoded into host memory by the compressed tier.",
-    "vllm:kvtc_onboarded_stored_bytes": "Their size as stored, in bytes.",
-    "vllm:kvtc_lookups": "Chunks that the compressed tier was asked for.",
-    "vllm:kvtc_hits": "Chunks asked for that it held.",
-    "vllm:kvtc_refused_jobs": "Jobs turned away because too many chunks were on their way.",
-}
+PREFIX = "vllm:kvtc_"
 
-_BY_REASON: dict[str, str] = {
-    "vllm:kvtc_dropped_chunks": "Chunks not stored, by reason.",
-    "vllm:kvtc_missed_chunks": "Chunks held and not loaded, by reason; vLLM recomputed them.",
-}
+_REFUSED, _PENDING = "refused_jobs", "pending_jobs"
 
-_PENDING = "vllm:kvtc_pending_jobs"
+#: By name without ending: counted as vLLM's counters, which Prometheus gives ``_total``.
+_COUNTERS = {series.name: series for series in flat_series() if series.kind == "counter"}
 
 
 def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
     """Return what vLLM has to know about the metrics of `TierMetrics`."""
     definitions: dict[str, OffloadingMetricMetadata] = {
-        name: OffloadingCounterMetadata(documentation=text) for name, text in _COUNTERS.items()
+        PREFIX + _REFUSED: OffloadingCounterMetadata(
+            documentation="Jobs turned away because too many chunks were on their way."
+        ),
+        PREFIX + _PENDING: OffloadingGaugeMetadata(documentation="Jobs of the compressed tier in progress."),
     }
-    for name, text in _BY_REASON.items():
-        definitions[name] = OffloadingCounterMetadata(documentation=text, labelnames=("reason",))
-    definitions[_PENDING] = OffloadingGaugeMetadata(documentation="Jobs of the compressed tier in progress.")
+    for series in flat_series():
+        kind = OffloadingCounterMetadata if series.name in _COUNTERS else OffloadingGaugeMetadata
+        definitions[_name(series.name)] = kind(documentation=series.help, labelnames=series.labels)
     return definitions
 
 
+def _name(series: str) -> str:
+    return PREFIX + (series.removesuffix("_total") if series in _COUNTERS else series)
+
+
 class TierMetrics:
-    """Turns counters that only grow into the differences that vLLM collects."""
+    """Tells vLLM what has changed: of counters by how much, of everything else its new value.
 
-    def __init__(self) -> None:
-        self.lookups = self.hits = 0
-        self._before: dict[tuple[str, str], int] = {}
-        self._pending_before = 0
+    Parameters
+    ----------
+    chunk_tokens : int
+        Tokens of what one lookup asks for.
+    """
 
-    def take(self, counters: Counters, store: ChunkStore) -> OffloadingConnectorStats | None:
+    def __init__(self, adapter: ThreadedTierAdapter, store: ChunkStore, chunk_tokens: int) -> None:
+        self._adapter, self._store, self._chunk_tokens = adapter, store, chunk_tokens
+        self._feed = StatusFeed(adapter)
+        self._before: dict[str, float] = {}
+        self._seen: tuple[Any, ...] = ()
+
+    def looked_up(self, found: bool) -> None:
+        """Count a chunk that was asked for."""
+        self._adapter.counters.looked_up(1, int(found), self._chunk_tokens, found * self._chunk_tokens)
+
+    def take(self) -> OffloadingConnectorStats | None:
         """Return what has changed since the last call, or None."""
-        now = counters.snapshot()
-        values: dict[tuple[str, str], int] = {
-            ("vllm:kvtc_offloaded_chunks", ""): now.offloaded_blocks,
-            ("vllm:kvtc_offloaded_raw_bytes", ""): now.offloaded_raw_bytes,
-            ("vllm:kvtc_offloaded_stored_bytes", ""): now.offloaded_stored_bytes,
-            ("vllm:kvtc_onboarded_chunks", ""): now.onboarded_blocks,
-            ("vllm:kvtc_onboarded_stored_bytes", ""): now.onboarded_stored_bytes,
-            ("vllm:kvtc_lookups", ""): self.lookups,
-            ("vllm:kvtc_hits", ""): self.hits,
-            ("vllm:kvtc_refused_jobs", ""): store.refused_jobs,
-        }
-        for reason, count in now.dropped_blocks.items():
-            values["vllm:kvtc_dropped_chunks", reason] = count
-        for reason, count in now.missed_blocks.items():
-            values["vllm:kvtc_missed_chunks", reason] = count
+        status, counters = self._feed.latest(), self._adapter.counters.snapshot()
+        seen = (id(status), counters, self._store.refused_jobs, self._store.pending_jobs)
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        values = flat_values({**status, "counters": counters.to_dict()})
+        values |= {_REFUSED: self._store.refused_jobs, _PENDING: self._store.pending_jobs}
         stats = OffloadingConnectorStats()
-        for (name, label), value in values.items():
-            if grown := value - self._before.get((name, label), 0):
-                stats.increase_counter(name, grown, (label,) if label else ())
+        for key, value in values.items():
+            before = self._before.get(key)
+            name, *labels = key.split(SEPARATOR)
+            if name in _COUNTERS or name == _REFUSED:
+                if grown := value - (before or 0):
+                    stats.increase_counter(_name(name), grown, tuple(labels))
+            elif value != before:
+                stats.set_gauge(_name(name), value, tuple(labels))
         self._before = values
-        if (pending := store.pending_jobs) != self._pending_before:
-            stats.set_gauge(_PENDING, pending)
-            self._pending_before = pending
         return None if stats.is_empty() else stats

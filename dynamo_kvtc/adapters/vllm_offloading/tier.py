@@ -107,7 +107,6 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
         self._keys = KeyReader(chunk_tokens)
         self._window = settings.policy.recent_window
         self._job_timeout_s = settings.pipeline.onboard_timeout + settings.transfer.timeout + _MARGIN_S
-        self._metrics = TierMetrics()
         self._unservable: dict[str, set[OffloadKey]] = {}
         self._vllm_jobs: dict[int, TransferJob] = {}
         events = enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
@@ -128,6 +127,7 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
             max_pending=2 * settings.pipeline.offload_queue,
             load_timeout_s=settings.pipeline.onboard_timeout,
         )
+        self._metrics = TierMetrics(self._adapter, self._store, chunk_tokens)
         _log.info(
             "compressed tier for chunks of %d tokens of %s, profile %s",
             chunk_tokens,
@@ -139,13 +139,13 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Tell whether a chunk is stored and can be put in place for this request."""
-        self._metrics.lookups += 1
-        if self._keys.index(key, req_context) is None or key in self._unservable.get(req_context.req_id, ()):
-            return LookupResult.MISS
-        if not self._store.holds(get_offload_block_hash(key)):
-            return LookupResult.MISS
-        self._metrics.hits += 1
-        return LookupResult.HIT
+        found = (
+            self._keys.index(key, req_context) is not None
+            and key not in self._unservable.get(req_context.req_id, ())
+            and self._store.holds(get_offload_block_hash(key))
+        )
+        self._metrics.looked_up(found)
+        return LookupResult.HIT if found else LookupResult.MISS
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Keep chunks that are in use from being evicted first."""
@@ -251,7 +251,7 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """Return what has changed since the last call."""
-        return self._metrics.take(self._adapter.counters, self._store)
+        return self._metrics.take()
 
     def shutdown(self) -> None:
         """End every job, close the tiers, let go of vLLM's memory. Idempotent.
