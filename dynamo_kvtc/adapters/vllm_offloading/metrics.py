@@ -1,8 +1,8 @@
 """The tiers' metrics as vLLM's offloading metrics.
 
 Each metric of docs/metrics.md appears on vLLM's port as ``vllm:kvtc_…`` in place of ``dynamo_kvtc_…``, as
-with the connector. Blocks are vLLM's chunks here, and a lookup asks for one of them. The series of a histogram
-are gauges: vLLM's interface cannot add observations that were made elsewhere.
+with the connector. Blocks are vLLM's chunks here, and a lookup asks for one of them. The series of a
+histogram are gauges: vLLM's interface cannot add observations that were made elsewhere.
 """
 
 from __future__ import annotations
