@@ -177,7 +177,7 @@ class TransferTimeoutError(TransferError):
 
 
 class StoreUnavailableError(TransferError):
-    """A remote store failed several times in a row; its tier leaves it alone for a while."""
+    """A store, or a tier, failed or timed out several times in a row; it is left alone for a while."""
 
 
 class TierError(KvtcError):

@@ -15,7 +15,7 @@ import torch
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.v1.kv_cache_interface import KVQuantMode, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVQuantMode, MLAAttentionSpec, SlidingWindowSpec
 from vllm_configs import HEADS, LAYER, SIZE, TOKENS, cache_config, engine_config, spec
 
 from dynamo_kvtc.adapters.vllm import KvtcConnector
@@ -156,9 +156,11 @@ def test_caches_that_cannot_be_encoded_are_refused(tmp_path: Path, settings_file
     window = SlidingWindowSpec(
         block_size=TOKENS, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32, sliding_window=128
     )
+    latent = MLAAttentionSpec(block_size=TOKENS, num_kv_heads=1, head_size=576, dtype=torch.float32)
     for specs, message in (
         ((spec(), window), "2 groups"),
         ((window,), "SlidingWindowSpec"),
+        ((latent,), "MLA caches"),
         ((spec(sliding_window=64),), "sliding-window"),
         ((spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR),), "--kv-cache-dtype"),
         ((spec(head_size_v=32),), "different sizes"),
