@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
+from vllm_configs import cache_config, engine_config
 
 from dynamo_kvtc.adapters.vllm.events import EventTranslator
-from dynamo_kvtc.adapters.vllm.scheduler import request_salt
+from dynamo_kvtc.adapters.vllm.scheduler import KvtcScheduler, request_salt
+from dynamo_kvtc.adapters.vllm.settings import read_settings
 from dynamo_kvtc.pipeline.events import TierEvent
 from dynamo_kvtc.tiers.base import Namespace
 
@@ -103,3 +107,27 @@ def test_nothing_is_said_of_what_is_not_known() -> None:
     translator.describe(one, range(2))  # the first is forgotten again
     translator.add([TierEvent(one.block_hashes[1], "host0", True), TierEvent(b"unknown", "host0", False)])
     assert translator.take() == []
+
+
+def test_a_pass_over_prompt_tokens_alone_is_known_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "kvtc.yaml"
+    path.write_text("codec: {profile: raw}\ntiers:\n  - {kind: host, capacity: 1MiB}\n")
+    side = KvtcScheduler(read_settings(engine_config(tmp_path, path), cache_config()))
+    one, other = request(200, request_id="one"), request(100, request_id="other")
+
+    def tokens(**scheduled: int) -> int:
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = scheduled
+        metadata = side.build_connector_meta(output)
+        assert metadata.computes == bool(scheduled)
+        return metadata.prefill_tokens
+
+    assert tokens(one=128) == 0  # a request that it has never heard of
+    side.get_num_new_matched_tokens(one, 200)
+    side.get_num_new_matched_tokens(other, 100)
+    assert (tokens(one=128), tokens(one=128, other=100), tokens()) == (128, 228, 0)
+    one.num_computed_tokens = 128
+    assert (tokens(one=72), tokens(one=72, other=64)) == (72, 136)
+    one.num_computed_tokens = 200  # it decodes from here on
+    assert (tokens(one=1), tokens(one=1, other=100)) == (0, 0)
+    side.shutdown()
