@@ -89,7 +89,7 @@ def open_gpu_codec(
     Raises
     ------
     GpuUnavailableError, MissingDependencyError
-        If there is no usable GPU, no Triton, or no memory left.
+        If there is no usable GPU, no Triton or no memory left, or the GPU does not decode as the CPU does.
     LayoutError
         If heads have an odd number of channels, or weights are too large.
     ConfigError
@@ -104,6 +104,7 @@ def open_gpu_codec(
     del triton
     from dynamo_kvtc.codec.gpu.device import GpuDevice
     from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
+    from dynamo_kvtc.codec.gpu.self_test import self_test
 
     if isinstance(device, torch.device):
         device = GpuDevice.open(device, sm_share=sm_share, priority=priority)
@@ -116,4 +117,5 @@ def open_gpu_codec(
         )
     device.reserve(staging_bytes)
     codec.warm_up()
+    self_test(codec)
     return codec
