@@ -1,11 +1,13 @@
 """Compiles every kernel, as the codec launches it, to machine code of a GPU that need not be there.
 
 A program of its own: the interpreter, which the tests choose, and the compiler exclude each other.
-Prints a line for each kernel: registers, shared memory and spills, as Triton's own assembler reports them.
+Prints a JSON object for each kernel: registers, shared memory and spills, as Triton's own assembler reports
+them, and what its machine code does in the loop of its product.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -60,17 +62,41 @@ class _Compiled:
         self.kernels[f"{function.fn.__module__.rsplit('.', 1)[-1]}.{kernel.hash[:6]}"] = kernel
 
 
-def _usage(kernel: Any) -> tuple[int, int]:
-    """Return registers a thread, and bytes of local memory (spills and stack)."""
+def _dump(kernel: Any, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = [re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK")]
-    return tuple(int(match[1]) if match else -1 for match in found)  # type: ignore[return-value]
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _describe(kernel: Any) -> dict[str, Any]:
+    usage, code = _dump(kernel, "--dump-resource-usage"), _dump(kernel, "--dump-sass")
+    found: dict[str, Any] = {"shared": kernel.metadata.shared}
+    for name in ("REG", "STACK"):
+        match = re.search(rf"{name}:(\d+)", usage)
+        found[name.lower()] = int(match[1]) if match else -1
+    steps = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    loops = []
+    for at, step in steps:
+        match = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", step)
+        if match and int(match[1], 16) < at:
+            loops.append((int(match[1], 16), at))
+    for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        body = [step for at, step in steps if first <= at <= last]
+        if any("HGMMA" in step for step in body):
+            found["loop"] = {
+                name: sum(bool(re.search(pattern, step)) for step in body)
+                for name, pattern in (
+                    ("products", r"\bHGMMA"),
+                    ("wide asynchronous loads", r"\bLDGSTS\S*\.128"),
+                    ("other loads", r"\bLDG\.|\bLDGSTS(?!\S*\.128)"),
+                    ("local memory", r"\b(LDL|STL)"),
+                    ("divisions", r"\bMUFU\.RCP"),
+                )
+            }
+            break
+    return found
 
 
 def main() -> None:
@@ -78,7 +104,8 @@ def main() -> None:
     triton.runtime.driver.set_active(_Driver(capability))  # type: ignore[arg-type]
     compiled = _Compiled()
     JITFunction.run = lambda self, *args, **options: compiled(self, *args, **options)  # type: ignore[method-assign]
-    gpu = GpuDevice(torch.device("cpu"), programs=4, stages=4)
+    shared = {80: 163, 90: 227}.get(capability, 99) << 10
+    gpu = GpuDevice(torch.device("cpu"), programs=4, shared_bytes=shared)
     geometry = KvGeometry(4, 2, int(sys.argv[2]), sys.argv[3])
     for parameters in (
         make_parameters(geometry, groups=2, ratios=(4.0,)),
@@ -94,7 +121,7 @@ def main() -> None:
         views = [torch.empty((8, 8, 2, geometry.head_size), dtype=geometry.torch_dtype)] * 4
         codec.scatter([part], LayerRange(0, 1), views, views, range(5))
     for name, kernel in sorted(compiled.kernels.items()):
-        print(name, kernel.metadata.shared, *_usage(kernel), "wgmma" in kernel.asm["ptx"])
+        print(json.dumps({"name": name, **_describe(kernel)}))
 
 
 if __name__ == "__main__":

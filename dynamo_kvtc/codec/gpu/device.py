@@ -117,9 +117,8 @@ class GpuDevice:
         A CUDA device, or the CPU for the interpreter.
     programs : int
         SMs that the codec's kernels may occupy at a time.
-    stages : int
-        Steps of a product that are loaded ahead: four where an SM has shared memory for them (data centre
-        GPUs), else three.
+    shared_bytes : int
+        Shared memory that a program may have: 227 KiB on Hopper, 163 on an A100, 99 on other GPUs.
     clock : StageClock or None
         Times the stages of the codec's work, for measurements.
     stream, upload_stream : torch.cuda.Stream or None
@@ -132,7 +131,7 @@ class GpuDevice:
     programs: int
     stream: torch.cuda.Stream | None = None
     upload_stream: torch.cuda.Stream | None = None
-    stages: int = 3
+    shared_bytes: int = 99 << 10
     clock: StageClock | None = None
     lost: bool = False
     _interpreted: bool = field(default=False, repr=False)
@@ -140,9 +139,6 @@ class GpuDevice:
     #: Programs on an SM: of matrix products, which fill one each, and of kernels that only move bytes.
     MATRIX = 1
     STREAMING = 8
-
-    #: Shared memory of a program whose product's steps of 32 KiB are loaded four ahead.
-    FOUR_STAGES_BYTES = 136 << 10
 
     @classmethod
     def open(
@@ -181,7 +177,7 @@ class GpuDevice:
             max(1, int(sms * sm_share)),
             torch.cuda.Stream(found, priority=number),  # type: ignore[no-untyped-call]
             torch.cuda.Stream(found, priority=number),  # type: ignore[no-untyped-call]
-            stages=4 if _shared_memory(found) >= cls.FOUR_STAGES_BYTES else 3,
+            shared_bytes=_shared_memory(found),
         )
 
     @classmethod
@@ -214,6 +210,10 @@ class GpuDevice:
     def grid(self, tiles: int, per_sm: int) -> tuple[int]:
         """Return the grid of a kernel that walks over `tiles` tiles."""
         return (max(1, min(tiles, self.programs * per_sm)),)
+
+    def stages(self, rows: int, columns: int, depth: int) -> int:
+        """Return how many steps of a product of bfloat16 tiles are in shared memory at a time: 2 to 4."""
+        return max(2, min(4, self.shared_bytes // (2 * depth * (rows + columns))))
 
     def layers_at_once(self, tiles: int, layers: int) -> int:
         """Return how many layers of `tiles` tiles one launch of a product should take.

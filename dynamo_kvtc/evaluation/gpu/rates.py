@@ -69,6 +69,7 @@ def best_seconds(gpu: GpuDevice, work: Callable[[], object], *, repetitions: int
     """Return the shortest of some runs on the device's stream, after one that is not counted."""
     clock = StageClock()
     with gpu.active():
+        gpu.after_engine(None)  # operands were made on the default stream
         work()
         spans = []
         for _ in range(repetitions):

@@ -72,5 +72,5 @@ def project_coefficients(
             weights, rows, coefficients, tokens, layers, stored, padded, layer_size,
             BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=block_k, EVEN_K=layer_size % block_k == 0,
             WIDEN=gpu.is_interpreter,
-            num_warps=8, num_stages=gpu.stages,
+            num_warps=8, num_stages=gpu.stages(block_r, block_t, block_k),
         )  # fmt: skip

@@ -269,5 +269,5 @@ def _launch(
         token_tiles.shape[0], *shape, wide, byte, nibble,
         GIVEN=given, BLOCK_R=tiles.block, BLOCK_T=block_t, BLOCK_K=block_k, EVEN_K=shape[2] % block_k == 0,
         WIDEN=gpu.is_interpreter,
-        num_warps=8, num_stages=gpu.stages, enable_fp_fusion=False,
+        num_warps=8, num_stages=gpu.stages(tiles.block, block_t, block_k), enable_fp_fusion=False,
     )  # fmt: skip

@@ -146,12 +146,12 @@ def reconstruct_layers(
     if not tiles:
         return
     cos, sin = (mean, mean) if rotation is None else rotation
+    block_half, block_k = max(16, triton.next_power_of_2(half)), gpu.tile(padded, _BLOCK_K)
     _reconstruct_kernel[gpu.grid(tiles, gpu.MATRIX)](
         coefficients, weights, mean, cos, sin, slots, side.channels, side.addresses, layers, tokens, padded,
         *side.strides,
         DTYPE=side.triton_dtype, BLOCK_SIZE=side.block_size, HEADS=side.num_heads, HALF=half,
-        BLOCK_HALF=max(16, triton.next_power_of_2(half)), BLOCK_T=block_t,
-        BLOCK_K=gpu.tile(padded, _BLOCK_K), VECTOR=side.vector, ROTATE=rotation is not None,
-        BF16=side.dtype is torch.bfloat16, FP16=side.dtype is torch.float16, WIDEN=gpu.is_interpreter,
-        num_warps=8, num_stages=gpu.stages,
+        BLOCK_HALF=block_half, BLOCK_T=block_t, BLOCK_K=block_k, VECTOR=side.vector,
+        ROTATE=rotation is not None, BF16=side.dtype is torch.bfloat16, FP16=side.dtype is torch.float16,
+        WIDEN=gpu.is_interpreter, num_warps=8, num_stages=gpu.stages(block_t, 2 * block_half, block_k),
     )  # fmt: skip
