@@ -27,9 +27,9 @@ def test_kernels_compile_for_hopper(tmp_path: Path, head_size: int, dtype: str) 
         loop = kernel["loop"]
         assert loop["products"] >= 4, kernel
         # Operands arrive 16 bytes at a time, asynchronously; nothing is spilled or divided where time goes.
-        assert loop["wide asynchronous loads"] >= 8, kernel
+        assert loop["wide asynchronous loads"] >= 6, kernel
         assert loop["other loads"] == loop["local memory"] == loop["divisions"] == 0, kernel
-        assert 96 << 10 < kernel["shared"] <= 227 << 10, kernel
+        assert 96 << 10 <= kernel["shared"] <= 227 << 10, kernel
     for kernel in kernels:
         # Epilogues, once a tile: of rd's symbols, and of rotated heads of 256.
         spills = kernel["name"].startswith("project_rd") or (kernel in products and head_size > 128)
