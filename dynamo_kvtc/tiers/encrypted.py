@@ -34,6 +34,9 @@ from dynamo_kvtc.transfer import MemorySpan, StagingPool
 
 __all__ = ["EncryptedTier"]
 
+#: Keys that a lookup works on before it lets others use the event loop.
+_KEYS_PER_TURN = 512
+
 #: Headers that are remembered, so that an object's second read needs one transfer only: 150 bytes each.
 _MOST_HEADERS = 65_536
 
@@ -91,16 +94,17 @@ class EncryptedTier(Tier):
 
     async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
         """Return how many leading `keys` are stored whole; see `Tier.contains_prefix`."""
-        names = [[form.stored_key(key, key_id) for key in keys] for key_id in self._ring.ids]
         runs: list[Sequence[TierKey]] = []
         count = 0
         while count < len(keys):
-            # A prefix whose blocks were sealed with different keys is found in pieces.
-            run = await self._longest_run([one[count:] for one in names])
+            # A prefix whose blocks were sealed with different keys is found in pieces, as is a long one.
+            run = await self._longest_run(keys[count : count + _KEYS_PER_TURN])
             if not run:
                 break
             runs.append(run)
             count += len(run)
+            if count < len(keys):
+                await asyncio.sleep(0)
         if len(runs) > 1:
             # The far end of a prefix is evicted before its beginning, so that is touched last.
             for run in reversed(runs):
@@ -109,8 +113,9 @@ class EncryptedTier(Tier):
         self._hits += count
         return count
 
-    async def _longest_run(self, names: Sequence[Sequence[TierKey]]) -> Sequence[TierKey]:
-        """Return the longest of the prefixes, one for each master key, that are stored and can be read."""
+    async def _longest_run(self, keys: Sequence[TierKey]) -> Sequence[TierKey]:
+        """Return the longest run of names, all of one master key, that are stored and can be read."""
+        names = [[form.stored_key(key, key_id) for key in keys] for key_id in self._ring.ids]
         if len(names) == 1:
             counts = [await self.inner.contains_prefix(names[0])]
         else:

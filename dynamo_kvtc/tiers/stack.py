@@ -23,6 +23,7 @@ from dynamo_kvtc.errors import (
     TransferTimeoutError,
 )
 from dynamo_kvtc.tiers.base import Gate, ReadRequest, Tier, TierKey, TierStats
+from dynamo_kvtc.tiers.read_clock import ReadClock
 from dynamo_kvtc.tiers.write_behind import WriteBehind
 from dynamo_kvtc.transfer import MemorySpan, StagingPool
 
@@ -31,26 +32,13 @@ __all__ = ["TierStack"]
 _log = logging.getLogger(__name__)
 
 
-class _ReadClock:
-    """Bytes of a tier's reads against the time in which at least one of them was under way."""
+# A lookup of more keys than this lets others use the event loop in between.
+_KEYS_PER_TURN = 512
 
-    def __init__(self) -> None:
-        self._active, self._nbytes, self._since = 0, 0, 0.0
 
-    def start(self) -> None:
-        """Begin a read."""
-        if not self._active:
-            self._since = time.perf_counter()
-        self._active += 1
-
-    def stop(self, nbytes: int) -> tuple[int, float] | None:
-        """End a read of `nbytes` bytes; returns bytes and seconds if no other is under way."""
-        self._active -= 1
-        self._nbytes += nbytes
-        if self._active:
-            return None
-        nbytes, self._nbytes = self._nbytes, 0
-        return nbytes, time.perf_counter() - self._since
+async def _let_others(keys: Sequence[TierKey]) -> None:
+    if len(keys) > _KEYS_PER_TURN:
+        await asyncio.sleep(0)
 
 
 class TierStack:
@@ -100,9 +88,10 @@ class TierStack:
         self._promotion_timeout_s = promotion_timeout_s
         #: Called with a tier's name, bytes, and the seconds in which at least one read of it was under way.
         self.on_read: Callable[[str, int, float], None] = lambda tier, nbytes, seconds: None
-        self._clocks = {tier.name: _ReadClock() for tier in self.tiers}
-        self._promoting: dict[TierKey, asyncio.Task[None]] = {}
-        self._promotion_turn = asyncio.Semaphore(1)
+        self._clocks = {tier.name: ReadClock() for tier in self.tiers}
+        # What is to be promoted, from where to where, and the task that does it, one object at a time.
+        self._promoting: dict[TierKey, tuple[Tier, Tier]] = {}
+        self._promoter: asyncio.Task[None] | None = None
         # Which tiers each pin of a key holds it in: a tier that gets the object later is not pinned.
         self._pins: defaultdict[TierKey, list[tuple[Tier, ...]]] = defaultdict(list)
 
@@ -113,14 +102,17 @@ class TierStack:
         # Every tier is asked about all keys: what is in use stays young in each of them.
         for tier in self.tiers:
             await tier.contains_prefix(keys)
+            await _let_others(keys)
         for gate in self._gates.values():
             gate.see(keys)
-        found = []
-        for key in keys:
-            index = self._fastest(key, 0)
-            if index is None:
-                break
-            found.append(self.tiers[index])
+        found: list[Tier] = []
+        for first in range(0, len(keys), _KEYS_PER_TURN):
+            for key in keys[first : first + _KEYS_PER_TURN]:
+                index = self._fastest(key, 0)
+                if index is None:
+                    return found
+                found.append(self.tiers[index])
+            await _let_others(keys)
         return found
 
     async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
@@ -279,15 +271,26 @@ class TierStack:
         if self._staging is None:
             return
         for key in keys:
+            if len(self._promoting) >= self._max_promotions:
+                break
             index = self._fastest(key, 0)
-            if index is None or key in self._promoting or len(self._promoting) == self._max_promotions:
+            if index is None or key in self._promoting:
                 continue
             target = self.tiers[0] if index else self._kept_out(key)
-            if target is None:
-                continue
-            task = asyncio.get_running_loop().create_task(self._copy(self.tiers[index], target, key))
-            self._promoting[key] = task
-            task.add_done_callback(lambda _, key=key: self._promoting.pop(key, None))  # type: ignore[misc]
+            if target is not None:
+                self._promoting[key] = self.tiers[index], target
+        if self._promoting and (self._promoter is None or self._promoter.done()):
+            self._promoter = asyncio.get_running_loop().create_task(self._promote(), name="kvtc-promote")
+
+    async def _promote(self) -> None:
+        while self._promoting:
+            key, (tier, target) = next(iter(self._promoting.items()))
+            try:
+                await self._copy(tier, target, key)
+            except Exception:
+                _log.exception("promotion of an object from the %s tier failed unexpectedly", tier.name)
+            finally:
+                self._promoting.pop(key, None)
 
     def _kept_out(self, key: TierKey) -> Tier | None:
         """Return a tier whose gate kept an object out that is asked for often enough by now."""
@@ -298,26 +301,25 @@ class TierStack:
         return None
 
     async def _copy(self, tier: Tier, target: Tier, key: TierKey) -> None:
-        async with self._promotion_turn:
-            size = tier.size_of(key)
-            if size is None or self._staging is None or size > self._staging.nbytes:
-                return
-            gate = self._gates.get(target.name)
-            if gate is not None and not gate.admits(key, size):
-                return
-            limit = self._promotion_timeout_s
-            try:
-                async with self._staging.lease(size, timeout_s=limit) as span:
-                    await tier.get([ReadRequest(key, 0, span)], timeout_s=limit)
-                    copied = await target.put(key, span, timeout_s=limit)
-                    self.promotions += copied and target is self.tiers[0]
-            except (TierError, TransferError) as error:
-                _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
+        size = tier.size_of(key)
+        if size is None or self._staging is None or size > self._staging.nbytes:
+            return
+        gate = self._gates.get(target.name)
+        if gate is not None and not gate.admits(key, size):
+            return
+        limit = self._promotion_timeout_s
+        try:
+            async with self._staging.lease(size, timeout_s=limit) as span:
+                await tier.get([ReadRequest(key, 0, span)], timeout_s=limit)
+                copied = await target.put(key, span, timeout_s=limit)
+                self.promotions += copied and target is self.tiers[0]
+        except (TierError, TransferError) as error:
+            _log.debug("promotion of an object from the %s tier failed: %s", tier.name, error)
 
     async def settle(self) -> None:
         """Wait until the promotions under way have ended."""
-        if self._promoting:
-            await asyncio.wait(list(self._promoting.values()))
+        if self._promoter is not None and not self._promoter.done():
+            await asyncio.wait({self._promoter})
 
     # --- the rest ----------------------------------------------------------------------------------
 
@@ -372,11 +374,11 @@ class TierStack:
 
     async def close(self) -> None:
         """Cancel promotions, write behind for some seconds more, and close every tier. Idempotent."""
-        promotions = list(self._promoting.values())
-        for task in promotions:
-            task.cancel()
-        if promotions:
-            await asyncio.wait(promotions, timeout=self._promotion_timeout_s)
+        self._max_promotions = 0
+        self._promoting.clear()
+        if self._promoter is not None and not self._promoter.done():
+            self._promoter.cancel()
+            await asyncio.wait({self._promoter}, timeout=self._promotion_timeout_s)
         for behind in self._behind.values():
             await behind.close()
         for tier in self.tiers:

@@ -23,6 +23,7 @@ from dynamo_kvtc.tiers import encryption_format as form
 from dynamo_kvtc.tiers.base import KEY_BYTES, tenant_of
 from dynamo_kvtc.tiers.encrypted import EncryptedTier
 from dynamo_kvtc.tiers.encryption_keys import KeyRing, MasterKey, read_key
+from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
 OLD, NEW = MasterKey("2026-10", bytes(range(32))), MasterKey("2026-11", bytes(range(1, 33)))
@@ -262,6 +263,21 @@ def test_a_prefix_of_two_live_keys_is_found_whole(sealed_with: list[str]) -> Non
             await staging.close()
 
     asyncio.run(look())
+
+
+async def test_a_long_prefix_is_found_in_pieces_and_evicted_from_its_far_end(
+    agent: TransferAgent, staging: StagingPool
+) -> None:
+    host = await HostTier.open(agent, 1 << 20)
+    tier = await encrypt(host, agent)
+    keys = [object_key(number) for number in range(1500)]
+    names = [form.stored_key(key, tier._ring.ids[0]) for key in keys]
+    for name in names:
+        host._index.add(name, Location(0, 0, form.sealed_size(10)))
+    assert await tier.contains_prefix([*keys, object_key(5000)]) == 1500
+    assert list(host._index.oldest_first()) == names[::-1]
+    for name in names:
+        host._index.remove(name)
 
 
 async def test_pins_and_events_follow_an_object_from_key_to_key(

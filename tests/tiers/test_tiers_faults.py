@@ -16,6 +16,7 @@ from dynamo_kvtc.errors import TierFullError, TransferError, TransferTimeoutErro
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
 from dynamo_kvtc.testing.fault_suite import LeakCheck, TierFaultSuite
 from dynamo_kvtc.tiers import DiskSettings, DiskTier, HostTier, SharedDiskTier, Tier
+from dynamo_kvtc.tiers.breaker_tier import BreakerTier
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
 
@@ -30,6 +31,12 @@ class TestDiskTierUnderFaults(TierFaultSuite):
     async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
         settings = DiskSettings(durability="fsync")
         return await DiskTier.open(agent, folder, capacity_bytes, settings=settings)
+
+
+class TestGuardedDiskTierUnderFaults(TierFaultSuite):
+    async def open_tier(self, agent: TransferAgent, folder: Path, capacity_bytes: int) -> Tier:
+        inner = await DiskTier.open(agent, folder, capacity_bytes)
+        return BreakerTier(inner, await StagingPool.create(agent, 1 << 20))
 
 
 class TestSharedDiskTierUnderFaults(TierFaultSuite):

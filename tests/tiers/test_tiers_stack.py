@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.testing import FaultyTier
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
 from dynamo_kvtc.tiers import DiskTier, HostTier, ReadRequest, TierStack
+from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
 SIZE = 20_000
@@ -155,6 +157,50 @@ async def test_promotion_copies_into_the_first_tier_within_its_bound(stacked: St
     assert await stacked.get(0, 1, 2) == [object_bytes(n, SIZE) for n in (0, 1, 2)]
     TierStack(stack.tiers).promote([object_key(2)])  # without staging memory nothing is promoted
     assert await stacked.where(2) == ["disk"]
+
+
+async def test_promotions_are_one_task_and_end_with_the_stack(stacked: Stacked) -> None:
+    for number in range(8):
+        await stacked.put(number)
+    stack = TierStack(stacked.stack.tiers, staging=stacked.host.staging)
+    before = asyncio.all_tasks()
+    stack.promote(object_key(number) for number in range(3))
+    (task,) = asyncio.all_tasks() - before
+    stack.promote(object_key(number) for number in range(3))
+    assert asyncio.all_tasks() - before == {task}
+    await asyncio.sleep(0)
+    await stack.close()
+    assert task.done()
+    for _ in range(400):  # a transfer that was given up drains first
+        if not stacked.host.staging.leased_bytes:
+            break
+        await asyncio.sleep(0.01)
+    assert stacked.host.staging.leased_bytes == 0
+
+
+async def test_a_long_lookup_lets_others_use_the_event_loop(stacked: Stacked, agent: TransferAgent) -> None:
+    keys = [object_key(number) for number in range(4000)]
+    for tier in (stacked.host.tier, stacked.disk.tier):
+        for key in keys:
+            tier._index.add(key, Location(0, 0, 1))  # type: ignore[attr-defined]
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.ensure_future(count_turns())
+    assert await stacked.stack.contains_prefix(keys) == 4000
+    counting.cancel()
+    # Once for each tier, and then for every 512 keys.
+    assert turns >= 2 + 4000 // 512
+    order = list(stacked.host.tier._index.oldest_first())  # type: ignore[attr-defined]
+    assert order == keys[::-1]
+    for tier in (stacked.host.tier, stacked.disk.tier):
+        for key in keys:
+            tier._index.remove(key)  # type: ignore[attr-defined]
 
 
 async def test_pins_hold_in_the_tiers_that_had_the_object(stacked: Stacked) -> None:
