@@ -37,6 +37,8 @@ def counters() -> Counters:
     counted.looked_up(8, 6, 2048, 1536)
     counted.offloaded(2, 512, 3000, 200)
     counted.dropped("queue_full", 3)
+    counted.decided("offload", "compress", 7)
+    counted.decided("onboard", "trim", 2)
     return counted
 
 
@@ -55,7 +57,7 @@ def run(*arguments: str, code: int = 0) -> str:
 
 def test_status_shows_the_worker_and_its_tiers(url: str) -> None:
     shown = run("status", "--url", url)
-    for part in ("15.0x", "1,536 of 2,048", "queue_full 3", "host0", "rd ratio=20"):
+    for part in ("15.0x", "1,536 of 2,048", "queue_full 3", "host0", "rd ratio=20", "compress 7", "trim 2"):
         assert part in shown
     assert json.loads(run("status", "--url", url, "--json"))["tiers"]["host0"] == TIER
 

@@ -267,17 +267,31 @@ def test_our_own_endpoint_is_opened_and_scraped(tmp_path: Path) -> None:
     assert only("PodMonitor", values)["spec"]["podMetricsEndpoints"][0]["port"] == "kvtc"
     policies = [entry for entry in resources(values) if entry["kind"] == "NetworkPolicy"]
     assert {"port": 9999, "protocol": "TCP"} in policies[0]["spec"]["ingress"][1]["ports"]
-    for other in ({"monitoring": {"endpoint": "system"}}, {"connector": "offloading"}):
-        changes = {**SETS["offloading"], **other} if "connector" in other else other
-        changes = changed(changes, "monitoring.podMonitor.enabled", True)
-        endpoint = only("PodMonitor", changes)["spec"]["podMetricsEndpoints"][0]
-        assert endpoint["port"] == "system"
-        (renaming,) = endpoint["metricRelabelings"]
-        match = re.fullmatch(renaming["regex"], "vllm:kvtc_offloaded_tokens_total")
-        assert match is not None and renaming["targetLabel"] == "__name__"
-        assert renaming["replacement"].replace("${1}", match[1]) == "dynamo_kvtc_offloaded_tokens_total"
-        config, _ = check_config(config_file(changes, tmp_path), {})
-        assert config is not None and config.observability.metrics_port is None
+    changes = {"monitoring": {"endpoint": "system", "podMonitor": {"enabled": True}}}
+    endpoint = only("PodMonitor", changes)["spec"]["podMetricsEndpoints"][0]
+    assert endpoint["port"] == "system"
+    (renaming,) = endpoint["metricRelabelings"]
+    match = re.fullmatch(renaming["regex"], "vllm:kvtc_offloaded_tokens_total")
+    assert match is not None and renaming["targetLabel"] == "__name__"
+    assert renaming["replacement"].replace("${1}", match[1]) == "dynamo_kvtc_offloaded_tokens_total"
+    config, _ = check_config(config_file(changes, tmp_path), {})
+    assert config is not None and config.observability.metrics_port is None
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_host_is_scraped_at_the_port_that_its_workers_open(name: str, tmp_path: Path) -> None:
+    values = changed(SETS[name], "monitoring.podMonitor.enabled", True)
+    config, _ = check_config(config_file(values, tmp_path), {})
+    assert config is not None and config.observability.metrics_port == 9464
+    kind = "prefill" if values.get("mode") == "disaggregated" else "worker"
+    (tiered,) = (
+        entry
+        for entry in only("DynamoGraphDeployment", values)["spec"]["components"]
+        if entry["type"] == kind
+    )
+    ports = tiered["podTemplate"]["spec"]["containers"][0]["ports"]
+    assert {"name": "kvtc", "containerPort": 9464} in ports
+    assert only("PodMonitor", values)["spec"]["podMetricsEndpoints"][0]["port"] == "kvtc"
 
 
 def test_every_dashboard_gets_a_config_map_as_it_is() -> None:

@@ -82,8 +82,9 @@ class TierMetrics:
             before = self._before.get(key)
             name, *labels = key.split(SEPARATOR)
             if name in _COUNTERS or name == _REFUSED:
-                if grown := value - (before or 0):
-                    stats.increase_counter(_name(name), grown, tuple(labels))
+                # A counter that appears with its first growth would hide it from rates: it is told at 0, too.
+                if before is None or value != before:
+                    stats.increase_counter(_name(name), value - (before or 0), tuple(labels))
             elif value != before:
                 stats.set_gauge(_name(name), value, tuple(labels))
         self._before = values

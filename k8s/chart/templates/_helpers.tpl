@@ -64,9 +64,9 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- include "kvtc.calibrationInputs" . | sha256sum | trunc 12 -}}
 {{- end -}}
 
-{{/* Whether workers open an endpoint of their own; vLLM's offloading publishes its tiers' metrics itself. */}}
+{{/* Whether workers open an endpoint of their own. */}}
 {{- define "kvtc.ownEndpoint" -}}
-{{- if and (eq .Values.monitoring.endpoint "own") (ne .Values.connector "offloading") -}}true{{- end -}}
+{{- if eq .Values.monitoring.endpoint "own" -}}true{{- end -}}
 {{- end -}}
 
 {{/* A size such as 64GiB or 64Gi as a number of GiB. */}}
