@@ -45,9 +45,7 @@ def overview_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("overlap", "-" if counters["overlap"] is None else f"{counters['overlap']:.2f} (1 none, 2 perfect)"),
         ("prefill speed", f"{speeds['prefill']:,.0f} tokens/s" if speeds.get("prefill") else "-"),
         ("waiting", f"{status.get('offloads_pending', 0)} of {status.get('offload_queue_limit', 0)}"),
-        *(
-            (f"decisions at {step}", _reasons(actions)) for step, actions in counters["decisions"].items()
-        ),
+        *((f"decisions at {step}", _reasons(actions)) for step, actions in counters["decisions"].items()),
         ("dropped", _reasons(counters["dropped_blocks"])),
         ("missed", _reasons(counters["missed_blocks"])),
         ("errors", _reasons(counters["errors"])),
