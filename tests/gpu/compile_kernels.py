@@ -113,13 +113,13 @@ def main() -> None:
     ):
         host = open_codec(parameters, ratio=next(iter(parameters.ratios.values())), threads=1)
         codec = GpuCodec(host, gpu, coder=HostBatchCoder(gpu, host.coder))
-        block = make_block(parameters, 40, sink_tokens=4)
+        block = make_block(parameters, 140, sink_tokens=4)
         codec.encode([block])
         stream = host.encode([block])[0]
         header: StreamHeader = host.read_header(stream)
         part = codec.open_group(header, 0, stream[slice(*header.group_span(0))])
-        views = [torch.empty((8, 8, 2, geometry.head_size), dtype=geometry.torch_dtype)] * 4
-        codec.scatter([part], LayerRange(0, 1), views, views, range(5))
+        views = [torch.empty((18, 8, 2, geometry.head_size), dtype=geometry.torch_dtype)] * 4
+        codec.scatter([part], LayerRange(0, 1), views, views, [*range(17), -1])
     for name, kernel in sorted(compiled.kernels.items()):
         print(json.dumps({"name": name, **_describe(kernel)}))
 

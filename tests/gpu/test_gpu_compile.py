@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kernels that do not depend on the head size are compiled once."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("head_size", "dtype"), [(128, "bfloat16"), (64, "float16"), (256, "bfloat16")])
-def test_kernels_compile_for_hopper(tmp_path: Path, head_size: int, dtype: str) -> None:
+def test_kernels_compile_for_hopper(cache: Path, head_size: int, dtype: str) -> None:
     program = Path(__file__).with_name("compile_kernels.py")
-    environment = {"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, program, "90", str(head_size), dtype],
         capture_output=True, text=True, env=environment, timeout=600,
@@ -27,11 +33,11 @@ def test_kernels_compile_for_hopper(tmp_path: Path, head_size: int, dtype: str) 
         loop = kernel["loop"]
         assert loop["products"] >= 4, kernel
         # Operands arrive 16 bytes at a time, asynchronously; nothing is spilled or divided where time goes.
-        assert loop["wide asynchronous loads"] >= 6, kernel
+        assert loop["wide asynchronous loads"] >= 10, kernel
         assert loop["other loads"] == loop["local memory"] == loop["divisions"] == 0, kernel
         assert 96 << 10 <= kernel["shared"] <= 227 << 10, kernel
     for kernel in kernels:
         # Epilogues, once a tile: of rd's symbols, and of rotated heads of 256.
         spills = kernel["name"].startswith("project_rd") or (kernel in products and head_size > 128)
-        most = 256 if spills else 0
+        most = 512 if spills else 0
         assert 0 <= kernel["stack"] <= most, kernel

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_K, BLOCK_R, BLOCK_T, product_tile
+from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_K, BLOCK_R, product_tile, token_block
 
 __all__ = ["project_coefficients"]
 
@@ -63,7 +63,7 @@ def project_coefficients(
     """
     layers, padded, layer_size = weights.shape
     stored, tokens = coefficients.shape
-    block_t = gpu.tile(tokens, BLOCK_T)
+    block_t = token_block(gpu, tokens)
     block_r = gpu.tile(stored, BLOCK_R)
     block_k = gpu.tile(layer_size, BLOCK_K)
     tiles = triton.cdiv(stored, block_r) * triton.cdiv(tokens, block_t)

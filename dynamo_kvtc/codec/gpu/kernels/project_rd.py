@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_K, BLOCK_T, product_tile
+from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_K, product_tile, token_block
 from dynamo_kvtc.codec.gpu.sections import RowTiles, Sections
 
 __all__ = ["project_symbols", "quantise_symbols"]
@@ -87,7 +87,7 @@ def store_tile(
         pairs = tl.reshape(code, (BLOCK_R, BLOCK_T // 2, 2))
         packed = tl.sum(pairs << (4 * tl.arange(0, 2))[None, None, :], axis=2)
         row_bytes = (num_tokens + 1) // 2
-        # The first token of a tile is even, and so is that of its half.
+        # The first token of a tile is even, and so is that of its quarter.
         at = tl.min(token) // 2 + tl.arange(0, BLOCK_T // 2)
         pair_at = payload + (2 * wide + byte) * num_tokens + (first_row - wide - byte) * row_bytes
         pair_offset = line[:, None] * row_bytes.to(tl.int32) + at[None, :]
@@ -154,24 +154,28 @@ def _symbols_kernel(
                 weights, rows, row, in_rows, column, in_tokens, num_layers, padded, layer_size,
                 BLOCK_R, BLOCK_T, BLOCK_K, EVEN_K, WIDEN,
             )  # fmt: skip
-        # Half the tile at a time, so that its symbols and addresses fit the registers.
+        # A quarter of the tile at a time, so that its symbols and addresses fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_R, 2, BLOCK_T // 2)), (0, 2, 1)))
         rounding = tl.load(roundings + row, mask=in_rows, other=0.5)
-        first_token = tl.load(token_tile + 1)
         for half in tl.static_range(2):
-            part = left if half == 0 else right
-            own = first_token + half * (BLOCK_T // 2) + tl.arange(0, BLOCK_T // 2)
-            in_own = own < num_tokens
-            factor = tl.load(factors + tl.load(section) + own, mask=in_own, other=0.0)
-            in_part = in_rows[:, None] & in_own[None, :]
-            symbol, broken = quantise_tile(part, factor[None, :], rounding[:, None], in_part)
-            tl.store(status + block, 1, mask=tl.sum(broken.to(tl.int32)) > 0)
-            store_tile(
-                symbol, kind, first_row, in_rows, own, in_own, num_tokens, payload + tl.load(section + 2),
-                trits + tl.load(section), num_columns, escape_counts + block,
-                escape_indices + block * capacity, escape_values + block * capacity, capacity, wide, byte,
-                nibble, BLOCK_R, BLOCK_T // 2,
-            )  # fmt: skip
+            part = tl.reshape(left if half == 0 else right, (BLOCK_R, 2, BLOCK_T // 4))
+            first, second = tl.split(tl.permute(part, (0, 2, 1)))
+            for quarter in tl.static_range(2):
+                own = tl.load(token_tile + 1) + (2 * half + quarter) * (BLOCK_T // 4)
+                own += tl.arange(0, BLOCK_T // 4)
+                in_own = own < num_tokens
+                factor = tl.load(factors + tl.load(section) + own, mask=in_own, other=0.0)
+                symbol, broken = quantise_tile(
+                    first if quarter == 0 else second, factor[None, :], rounding[:, None],
+                    in_rows[:, None] & in_own[None, :],
+                )  # fmt: skip
+                tl.store(status + block, 1, mask=tl.sum(broken.to(tl.int32)) > 0)
+                store_tile(
+                    symbol, kind, first_row, in_rows, own, in_own, num_tokens,
+                    payload + tl.load(section + 2), trits + tl.load(section), num_columns,
+                    escape_counts + block, escape_indices + block * capacity,
+                    escape_values + block * capacity, capacity, wide, byte, nibble, BLOCK_R, BLOCK_T // 4,
+                )  # fmt: skip
 
 
 def project_symbols(
@@ -256,7 +260,7 @@ def _launch(
     given: bool,
 ) -> None:
     counts, indices, values = escapes
-    block_t = gpu.tile(sections.most_tokens, BLOCK_T)
+    block_t = token_block(gpu, sections.most_tokens)
     token_tiles = sections.token_tiles(block_t)
     total = tiles.table.shape[0] * token_tiles.shape[0]
     if not total:

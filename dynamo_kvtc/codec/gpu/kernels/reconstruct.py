@@ -14,13 +14,14 @@ import triton.language as tl
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.kernels.addressing import channel_offsets, layer_pointer
+from dynamo_kvtc.codec.gpu.kernels.products import token_block
 from dynamo_kvtc.codec.gpu.kernels.rounding import to_cache
 from dynamo_kvtc.codec.gpu.paged import PagedSide
 from dynamo_kvtc.codec.gpu.weights import STORED_ALIGNMENT
 
 __all__ = ["layer_tiles", "reconstruct_layers"]
 
-_BLOCK_T, _BLOCK_K = 128, STORED_ALIGNMENT
+_BLOCK_K = STORED_ALIGNMENT
 
 
 @triton.jit
@@ -82,34 +83,43 @@ def _reconstruct_kernel(
             if WIDEN:
                 c, w = c.to(tl.float32), w.to(tl.float32)
             total = tl.dot(c, w, total)
-        parts = tl.permute(tl.reshape(total, (BLOCK_T, 2, BLOCK_HALF)), (0, 2, 1))
-        x, y = tl.split(parts)
-        x += tl.load(mean + column, mask=in_half, other=0.0)[None, :]
-        y += tl.load(mean + column + HALF, mask=in_half, other=0.0)[None, :]
-        mask = in_tokens[:, None] & in_half[None, :]
-        if ROTATE:
-            angle = token[:, None] * HALF + half[None, :]
-            c = tl.load(cos + angle, mask=mask, other=1.0)
-            s = tl.load(sin + angle, mask=mask, other=0.0)
-            turned = x * c - y * s
-            y = y * c + x * s
-            x = turned
-        if FP16:
-            # The quantisation error of the largest float16 numbers must not turn them into infinity.
-            x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-            y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-        slot = tl.load(slots + token, mask=in_tokens, other=-1)
-        wanted = in_half[None, :] & (slot >= 0)[:, None]
-        slot = tl.maximum(slot, 0)
-        offset = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + head * stride_head
-        target = layer_pointer(addresses + layer, DTYPE, VECTOR) + offset[:, None]
-        tl.store(target + first_channel[None, :], to_cache(x, BF16, FP16), mask=wanted)
-        tl.store(target + second_channel[None, :], to_cache(y, BF16, FP16), mask=wanted)
+        # Half of the tokens at a time, so that all that belongs to them fits the registers.
+        early, late = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_T // 2, 2 * BLOCK_HALF)), (1, 2, 0)))
+        for part in tl.static_range(2):
+            parts = tl.reshape(early if part == 0 else late, (BLOCK_T // 2, 2, BLOCK_HALF))
+            x, y = tl.split(tl.permute(parts, (0, 2, 1)))
+            x += tl.load(mean + column, mask=in_half, other=0.0)[None, :]
+            y += tl.load(mean + column + HALF, mask=in_half, other=0.0)[None, :]
+            own = within // HEADS * BLOCK_T + part * (BLOCK_T // 2) + tl.arange(0, BLOCK_T // 2)
+            mask = (own < num_tokens)[:, None] & in_half[None, :]
+            if ROTATE:
+                angle = own[:, None] * HALF + half[None, :]
+                c = tl.load(cos + angle, mask=mask, other=1.0)
+                s = tl.load(sin + angle, mask=mask, other=0.0)
+                turned = x * c - y * s
+                y = y * c + x * s
+                x = turned
+            if FP16:
+                # The quantisation error of the largest float16 numbers must not turn them into infinity.
+                x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+                y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+            slot = tl.load(slots + own, mask=own < num_tokens, other=-1)
+            wanted = in_half[None, :] & (slot >= 0)[:, None]
+            slot = tl.maximum(slot, 0)
+            offset = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + head * stride_head
+            target = layer_pointer(addresses + layer, DTYPE, VECTOR) + offset[:, None]
+            tl.store(target + first_channel[None, :], to_cache(x, BF16, FP16), mask=wanted)
+            tl.store(target + second_channel[None, :], to_cache(y, BF16, FP16), mask=wanted)
 
 
 def layer_tiles(gpu: GpuDevice, tokens: int, side: PagedSide) -> int:
     """Return the tiles that one layer of `tokens` tokens has."""
-    return -(-tokens // gpu.tile(tokens, _BLOCK_T)) * side.num_heads
+    return -(-tokens // _token_block(gpu, tokens, side)) * side.num_heads
+
+
+def _token_block(gpu: GpuDevice, tokens: int, side: PagedSide) -> int:
+    """Return the tokens of a tile; a tile of 256 tokens and heads of 256 would not fit the registers."""
+    return min(token_block(gpu, tokens), 256 if side.head_size <= 128 else 128)
 
 
 def reconstruct_layers(
@@ -140,7 +150,7 @@ def reconstruct_layers(
     """
     tokens, padded = coefficients.shape
     half = side.head_size // 2
-    block_t = gpu.tile(tokens, _BLOCK_T)
+    block_t = _token_block(gpu, tokens, side)
     layers = side.addresses.numel()
     tiles = layers * layer_tiles(gpu, tokens, side)
     if not tiles:
