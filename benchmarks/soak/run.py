@@ -37,6 +37,7 @@ BLOCK_SIZE = 16
 TIER_BLOCK = 64
 _PER_TIER_BLOCK = TIER_BLOCK // BLOCK_SIZE
 
+# Decisions are not what is tried here: the artifact is not fitted, so the guard would stop storing.
 _CONFIG = """
 artifact: {artifact}
 codec: {{ratio: 10, compute_dtype: float32, threads: 1}}
@@ -47,7 +48,7 @@ tiers:
     path: tier
     capacity: {disk}
     segment_size: 1MiB
-policy: {{tier_block_tokens: 64, recent_window: 0, minimum_tokens: 0, decide: always}}
+policy: {{tier_block_tokens: 64, recent_window: 0, minimum_tokens: 0, decide: always, guard: {{share: 0}}}}
 transfer: {{staging: 4MiB, timeout: 10s}}
 pipeline: {{offload_queue: 64, decode_threads: 2, onboard_timeout: 20s}}
 observability: {{log_level: error}}
