@@ -28,6 +28,12 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, nargs="+", choices=_NAMES, default=list(_NAMES), help="in one folder at once"
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="end earlier: the result says how many kills there were",
+    )
     arguments = parser.parse_args()
     result: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
@@ -38,7 +44,13 @@ def main() -> None:
         for workers in arguments.workers:
             start = time.perf_counter()
             tally = asyncio.run(
-                kill_often(arguments.kills, Path(folder) / "tier", seed=arguments.seed, workers=workers)
+                kill_often(
+                    arguments.kills,
+                    Path(folder) / "tier",
+                    seed=arguments.seed,
+                    workers=workers,
+                    limit_s=arguments.seconds,
+                )
             )
             failed |= bool(tally.lost or tally.wrong or tally.damaged)
             result = {

@@ -56,8 +56,12 @@ class CrashTally:
         return asdict(self)
 
 
-async def kill_often(kills: int, folder: Path, *, seed: int, workers: int = 1) -> CrashTally:
-    """Kill `kills` children; after each round the folder is opened and everything in it read.
+async def kill_often(
+    kills: int, folder: Path, *, seed: int, workers: int = 1, limit_s: float = float("inf")
+) -> CrashTally:
+    """Kill `kills` children, or as many as `limit_s` allows.
+
+    After each round the folder is opened and everything in it read.
 
     With several `workers` they share the folder. In each round one of them is killed at its random moment,
     the others go on for a while and are killed then.
@@ -69,7 +73,8 @@ async def kill_often(kills: int, folder: Path, *, seed: int, workers: int = 1) -
     turn = _KILLS_PER_FOLDER
     async with await TransferAgent.create() as agent:
         staging = await StagingPool.create(agent, 4 << 20)
-        while tally.kills < kills:
+        stop = time.monotonic() + limit_s
+        while tally.kills < kills and time.monotonic() < stop:
             if turn + workers > _KILLS_PER_FOLDER:
                 shutil.rmtree(folder, ignore_errors=True)
                 looker, turn = _Looker(agent, staging, folder, tally, shared=workers > 1), 0
