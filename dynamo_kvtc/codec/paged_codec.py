@@ -17,6 +17,7 @@ import torch
 from dynamo_kvtc.codec.base import BINDING_BYTES, Buffer, KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.errors import KvtcError
 
 __all__ = ["REACHED", "Completion", "EncodedStream", "PagedBlock", "PagedCodec", "PendingEncode"]
@@ -113,11 +114,14 @@ class PagedCodec(KvCodec):
     ----------
     device : torch.device
         Where it works.
+    profile : Profile
+        Of the streams that it makes and reads.
     most_encode_tokens, most_open_tokens : int
         Tokens that one `begin_encode` and one `open_groups` may hold: what fits into its memory.
     """
 
     device: torch.device
+    profile: Profile
     most_encode_tokens: int
     most_open_tokens: int
 
@@ -158,7 +162,7 @@ class PagedCodec(KvCodec):
         Returns
         -------
         list
-            For each stream an opened group, or what is wrong with it.
+            For each stream an opened group, which knows its ``num_tokens``, or what is wrong with it.
         """
 
     @abstractmethod

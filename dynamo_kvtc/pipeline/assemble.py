@@ -15,6 +15,7 @@ import torch
 from dynamo_kvtc.calibration.artifact import Artifact, load_artifact
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import KvGeometry
+from dynamo_kvtc.codec.mixed import MixedCodec
 from dynamo_kvtc.codec.open import open_codec, open_gpu_codec
 from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.codec.parameters import ARTIFACT_ID_BYTES
@@ -266,6 +267,8 @@ def _device_codec(
 ) -> PagedCodec | None:
     """Open the codec of the engine's GPU as `codec.device` says; None where the CPU's serves."""
     wanted = config.codec
+    if isinstance(codec, MixedCodec):
+        codec = codec.coded
     if wanted.device == "cpu" or not isinstance(codec, TransformCodec):
         return None
     if device is None or (isinstance(device, torch.device) and device.type != "cuda"):

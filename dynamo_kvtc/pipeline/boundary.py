@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -192,6 +193,14 @@ class _GuardedPending:
         return streams
 
 
+@dataclass(frozen=True, slots=True)
+class _HostPart:
+    """An opened group of a stream that the device does not read."""
+
+    opened: Any
+    num_tokens: int
+
+
 class DeviceBoundary(Boundary):
     """A codec that works in the engine's blocks, ordered behind the engine's work by its fences.
 
@@ -199,14 +208,17 @@ class DeviceBoundary(Boundary):
     ----------
     codec : PagedCodec
         Encodes with the configured plan; decodes every plan's streams.
+    host : KvCodec
+        Decodes streams of other profiles (raw ones), which are copied in.
     guarded : GuardedEncoder, optional
         Chooses the plan instead, and checks samples, which never leave the device.
     """
 
     launches = True
 
-    def __init__(self, codec: PagedCodec, guarded: GuardedEncoder | None = None) -> None:
+    def __init__(self, codec: PagedCodec, host: KvCodec, guarded: GuardedEncoder | None = None) -> None:
         self._codec, self._guarded = codec, guarded
+        self._host = HostBoundary(host)
         self.most_encode_tokens = codec.most_encode_tokens
         self.most_open_tokens = codec.most_open_tokens
 
@@ -228,12 +240,28 @@ class DeviceBoundary(Boundary):
     def open_groups(
         self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
     ) -> Sequence[Any | KvtcError]:
-        """Open one layer group of several streams in one batch."""
-        return self._codec.open_groups(headers, group, payloads)
+        """Open one layer group of several streams: those that the device reads in one batch."""
+        own = [index for index, header in enumerate(headers) if header.profile is self._codec.profile]
+        others = [index for index in range(len(headers)) if index not in set(own)]
+        results: dict[int, Any] = {}
+        for boundary, indices in ((self._codec, own), (self._host, others)):
+            if indices:
+                opened = boundary.open_groups(
+                    [headers[index] for index in indices], group, [payloads[index] for index in indices]
+                )
+                results.update(zip(indices, opened, strict=True))
+        for index in others:
+            if not isinstance(results[index], KvtcError):
+                results[index] = _HostPart(results[index], headers[index].num_tokens)
+        return [results[index] for index in range(len(headers))]
 
     def join(self, parts: Sequence[Any]) -> list[Any]:
-        """Join opened groups; see `KvCodec.join`."""
-        return self._codec.join(parts)
+        """Join what the device opened; see `KvCodec.join`."""
+        joined: list[Any] = []
+        for is_host, each in groupby(parts, key=lambda part: isinstance(part, _HostPart)):
+            run = list(each)
+            joined += run if is_host else self._codec.join(run)
+        return joined
 
     def scatter(
         self,
@@ -245,7 +273,19 @@ class DeviceBoundary(Boundary):
     ) -> list[Completion]:
         """Launch the decoding of layers into the engine's blocks."""
         keys, values = cache.views
-        return self._codec.scatter(parts, layers, keys, values, block_ids, after=after)
+        completions = [REACHED] * layers.count
+        start = 0
+        for is_host, each in groupby(parts, key=lambda part: isinstance(part, _HostPart)):
+            run = list(each)
+            stop = start + sum(part.num_tokens for part in run) // cache.block_size
+            ids = block_ids[start:stop]
+            if is_host:
+                self._host.scatter([part.opened for part in run], layers, cache, ids)
+            else:
+                # Later launches are reached after earlier ones: the last completions stand for all.
+                completions = self._codec.scatter(run, layers, keys, values, ids, after=after)
+            start = stop
+        return completions
 
 
 class Boundaries:
@@ -265,7 +305,7 @@ class Boundaries:
         self, codec: KvCodec, device_codec: PagedCodec | None = None, guarded: GuardedEncoder | None = None
     ) -> None:
         self._host = HostBoundary(codec, guarded)
-        self._device = None if device_codec is None else DeviceBoundary(device_codec, guarded)
+        self._device = None if device_codec is None else DeviceBoundary(device_codec, codec, guarded)
         self._place = None if device_codec is None else device_codec.device
 
     def of(self, cache: PagedKvCache) -> Boundary:

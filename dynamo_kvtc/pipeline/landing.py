@@ -62,6 +62,8 @@ class Landing:
                 await asyncio.wait([self._task])
             except asyncio.CancelledError as error:
                 cancelled = error
+        if not self._task.cancelled():
+            self._task.exception()  # seen, also where the request has failed for another reason already
         if cancelled is not None:
             raise cancelled
 

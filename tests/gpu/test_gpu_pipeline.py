@@ -18,8 +18,11 @@ from synthetic import make_block, make_parameters, make_rd_parameters
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
+from dynamo_kvtc.codec.header import Profile
+from dynamo_kvtc.codec.mixed import MixedCodec
 from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.parameters import AnyParameters
+from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import OnboardError
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
@@ -191,6 +194,36 @@ async def test_batches_and_units_fit_into_the_staging_memory(tmp_path: Path, gpu
         keys, _ = rig.destination.gather(blocks.block_ids)
         assert torch.isfinite(keys).all()
     assert device.budget.taken == 0
+
+
+async def test_raw_streams_beside_an_artifacts_are_copied_in(tmp_path: Path, gpu: GpuDevice) -> None:
+    host = host_codec()
+    raw = RawCodec(GEOMETRY, PARAMETERS.artifact_id, layer_groups=host.layer_groups)
+    mixed = MixedCodec(host, raw)
+    # The second of four tier blocks is stored raw, the others are encoded on the device.
+    async with open_rig(tmp_path, codec=raw, num_blocks=32) as rig:
+        whole = rig.sequence(4 * STEP)
+        source = rig.source
+        step = len(whole.hashes) // 4
+        second = SequenceBlocks(
+            whole.hashes[step : 2 * step], whole.block_ids[step : 2 * step], first_block=step
+        )
+        await rig.store(second)
+    async with open_rig(
+        tmp_path, codec=mixed, device_codec=GpuCodec(host, gpu), tiers=("disk",), num_blocks=32
+    ) as rig:
+        rig.source, rig.destination = on_device(source, gpu), on_device(rig.destination, gpu)
+        result = await rig.adapter.offload(whole, rig.source).wait()
+        assert (result.stored, result.already_stored) == (3, 1)
+        profiles = [header.profile for header in await rig.adapter.headers(whole.hashes)]
+        assert profiles == [Profile.KVTC, Profile.RAW, Profile.KVTC, Profile.KVTC]
+        await rig.adapter.onboard(whole, rig.destination).wait()
+        for got, given in zip(
+            rig.destination.gather(second.block_ids), rig.source.gather(second.block_ids), strict=True
+        ):
+            assert torch.equal(got, given)
+        keys, values = rig.destination.gather(whole.block_ids)
+        assert torch.isfinite(keys).all() and torch.isfinite(values).all()
 
 
 async def test_the_guard_checks_samples_and_takes_the_gentler_plan(tmp_path: Path, gpu: GpuDevice) -> None:

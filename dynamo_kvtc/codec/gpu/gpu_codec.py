@@ -81,7 +81,7 @@ class GpuCodec(PagedCodec):
         staging_bytes: int = 1 << 30,
         block_tokens: int = 256,
     ) -> None:
-        self.host, self._gpu, self.device = host, gpu, gpu.device
+        self.host, self._gpu, self.device, self.profile = host, gpu, gpu.device, host.profile
         self.parameters, self.geometry, self.layer_groups = host.parameters, host.geometry, host.layer_groups
         self._coder = coder or default_coder(gpu, host.coder, host.mapper)
         self.budget = StagingBudget(staging_bytes)
