@@ -46,13 +46,15 @@ def overview_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("prefill speed", f"{speeds['prefill']:,.0f} tokens/s" if speeds.get("prefill") else "-"),
         ("waiting", f"{status.get('offloads_pending', 0)} of {status.get('offload_queue_limit', 0)}"),
         *((f"decisions at {step}", _reasons(actions)) for step, actions in counters["decisions"].items()),
+        ("stored with", _reasons(counters.get("encoded_blocks", {}))),
         ("dropped", _reasons(counters["dropped_blocks"])),
         ("missed", _reasons(counters["missed_blocks"])),
         ("errors", _reasons(counters["errors"])),
     ]
     guard = status.get("guard")
     if guard:
-        rows.append(("quality guard", f"{guard['state']}, {sum(guard['checks'].values())} checks"))
+        now = f", encodes with {guard['encodes_with']}" if "encodes_with" in guard else ""
+        rows.append(("quality guard", f"{guard['state']}, {sum(guard['checks'].values())} checks{now}"))
     return rows
 
 

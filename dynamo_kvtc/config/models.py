@@ -79,6 +79,10 @@ class CodecConfig(Section):
     """Instead of ratio, with rd: the artifact's plan with the highest ratio whose next-token KL (nats) was at
     most this in calibration."""
 
+    max_ratio: Ratio | None = None
+    """Up to this ratio the artifact's coarser plans may be taken as well, where they make onboarding faster
+    by policy.hysteresis; at least ratio, not beside max_kl. null: the chosen plan only."""
+
     sink_bits: Literal[8, 16] = 8
     """Bits per element of sink tokens: 8 (fp8 with a scale per head) or 16 (the cache's own bytes)."""
 
@@ -115,8 +119,8 @@ class GuardConfig(Section):
     """Share of the tier blocks that are checked when they are stored; 0 turns the guard off. Not with raw."""
 
     tolerance: Annotated[float, Field(ge=1, le=1000)] = 2.5
-    """Measured over expected squared error from which on a gentler plan is taken, and storing stops when
-    there is none left."""
+    """Measured over expected squared error from which on a gentler plan is taken, and raw when there is none
+    left (policy.raw)."""
 
 
 class PolicyConfig(Section):
@@ -143,7 +147,13 @@ class PolicyConfig(Section):
     decided by cost."""
 
     hysteresis: Annotated[float, Field(ge=0, le=10)] = 0.2
-    """By which share onboarding must be faster than recomputing to be promised again after a refusal."""
+    """By which share onboarding must be faster than recomputing to be promised again after a refusal, and a
+    coarser plan or raw faster than what is stored with."""
+
+    raw: Literal["never", "fallback", "by_cost"] = "fallback"
+    """When blocks are stored as the cache's own bytes instead of compressed: never; as the last step of the
+    quality guard, which stops storing otherwise; or also where that is faster and tiers are half empty. It
+    takes ratio times the bytes."""
 
     guard: Annotated[GuardConfig, BeforeValidator(null_is_empty)] = GuardConfig()
     """Whether stored blocks come back as well as the artifact states."""
@@ -269,6 +279,15 @@ class Config(Section):
                 f"codec.profile {self.codec.profile} needs artifact: name the folder that "
                 "`dynamo-kvtc calibrate` wrote, or set codec.profile to raw"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _coarser_plans_are_coarser(self) -> Config:
+        most, ratio = self.codec.max_ratio, self.encoding.plan_ratio
+        if most is not None and ratio is None:
+            raise ValueError("codec.max_ratio bounds a ratio: raw has none, and max_kl is a bound itself")
+        if most is not None and ratio is not None and most < ratio:
+            raise ValueError(f"codec.max_ratio ({most:g}) is below the ratio ({ratio:g})")
         return self
 
     @model_validator(mode="after")

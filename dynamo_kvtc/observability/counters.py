@@ -57,8 +57,9 @@ Outcome = Literal["complete", "partial", "failed"]
 #: Where the policy decides.
 Step = Literal["offload", "onboard"]
 
-#: What it decides: how a tier block is stored or that it is not, whether a found prefix is promised.
-Action = Literal["compress", "skip", "onboard", "trim", "recompute", "probe"]
+#: What it decides: how a tier block is stored (with the configured plan, a coarser one that was allowed, a
+#: gentler one that the quality guard took, raw) or that it is not; whether a found prefix is promised.
+Action = Literal["compress", "coarser", "gentler", "raw", "skip", "onboard", "trim", "recompute", "probe"]
 
 # The first class that fits names the reason, so subclasses stand before their bases.
 _MISS_REASONS: tuple[tuple[type[KvtcError], MissReason], ...] = (
@@ -104,6 +105,8 @@ class Snapshot:
         Tier blocks stored, and their tokens.
     offloaded_raw_bytes, offloaded_stored_bytes : int
         Their size in the cache's dtype, and the size of the stored objects, headers included.
+    encoded_blocks : Mapping[str, int]
+        Tier blocks stored, by what they were encoded with; only encoders that were used.
     onboarded_blocks, onboarded_tokens, onboarded_raw_bytes, onboarded_stored_bytes : int
         The same of tier blocks whose KV is in place for every layer.
     dropped_blocks : Mapping[str, int]
@@ -151,6 +154,7 @@ class Snapshot:
     first_layer_seconds: Mapping[str, Any]
     recompute_avoided_seconds: float
     decisions: Mapping[str, Mapping[str, int]]
+    encoded_blocks: Mapping[str, int]
 
     @property
     def offload_ratio(self) -> float | None:
@@ -198,6 +202,7 @@ class Counters:
         self._onboard_seconds, self._first_layer_seconds = Histogram(), Histogram()
         self._avoided_s = 0.0
         self._decisions = {step: dict.fromkeys(get_args(Action), 0) for step in get_args(Step)}
+        self._encoded: dict[str, int] = {}
 
     def looked_up(
         self, asked_blocks: int, found_blocks: int, asked_tokens: int = 0, found_tokens: int = 0
@@ -211,8 +216,12 @@ class Counters:
             found_tokens=found_tokens,
         )
 
-    def offloaded(self, blocks: int, tokens: int, raw_bytes: int, stored_bytes: int) -> None:
-        """Count tier blocks that became visible in a tier."""
+    def offloaded(
+        self, blocks: int, tokens: int, raw_bytes: int, stored_bytes: int, encoder: str = "default"
+    ) -> None:
+        """Count tier blocks that became visible in a tier, and what they were encoded with."""
+        with self._lock:
+            self._encoded[encoder] = self._encoded.get(encoder, 0) + blocks
         self._add(
             offloaded_blocks=blocks,
             offloaded_tokens=tokens,
@@ -312,6 +321,7 @@ class Counters:
                 first_layer_seconds=self._first_layer_seconds.to_dict(),
                 recompute_avoided_seconds=self._avoided_s,
                 decisions={step: dict(actions) for step, actions in self._decisions.items()},
+                encoded_blocks=dict(self._encoded),
             )
 
     def _add(self, **amounts: int) -> None:

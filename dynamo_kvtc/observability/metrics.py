@@ -34,7 +34,7 @@ class Metric:
     help : str
         One sentence, with the unit.
     labels : tuple[str, ...]
-        Label names. Their values come from closed sets, the names of tiers and the artifact's id.
+        Label names. Their values come from closed sets, the names of tiers, and the artifact's id and plans.
     read : Callable
         Gives the samples of a status; none where a status has no such value yet.
     """
@@ -129,7 +129,7 @@ def _states(*path: str, states: tuple[str, ...]) -> Callable[[Status], Iterator[
 
 
 #: States of the quality guard, from the least to the most severe.
-GUARD_STATES = ("off", "ok", "raised", "stopped")
+GUARD_STATES = ("off", "ok", "raised", "raw", "stopped")
 
 
 def _counter(name: str, text: str, read: Any, *labels: str) -> Metric:
@@ -237,6 +237,12 @@ METRICS: tuple[Metric, ...] = (
         _by("counters", "decisions"),
         *("step", "action"),
     ),
+    _counter(
+        "encoded_blocks",
+        "Tier blocks stored, by what they were encoded with: profile and plan, or raw.",
+        _by("counters", "encoded_blocks"),
+        "encoder",
+    ),
     # Is anything wrong?
     _counter(
         "dropped_blocks",
@@ -256,7 +262,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("onboards_active", "Onboards under way.", _at("onboards_active")),
     _gauge(
         "guard_state",
-        "1 for the quality guard's state: off, ok, raised (a gentler plan), stopped (nothing is stored).",
+        "1 for the quality guard's state: off, ok, raised (a gentler plan), raw, stopped (nothing is stored).",
         _states("guard", "state", states=GUARD_STATES),
         "state",
     ),

@@ -31,12 +31,15 @@ class EndedOnboard:
         Of the tier blocks whose KV is in place.
     cause : BaseException, optional
         What ended the onboard in front of the other tier blocks.
+    encoder : str, optional
+        What all tier blocks in place were encoded with; None if that differs or is not known.
     """
 
     refs: Sequence[TierBlockRef]
     headers: Sequence[StreamHeader]
     timeline: Timeline
     cause: BaseException | None
+    encoder: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,7 +86,9 @@ class EndedOnboard:
         if speeds.prefill:
             counters.recompute_avoided(tokens / speeds.prefill)
         if self.outcome == "complete":
-            speeds.onboarded(tokens, wall_s=seconds, transfer_s=transfer_s, decode_s=decode_s)
+            speeds.onboarded(
+                tokens, wall_s=seconds, transfer_s=transfer_s, decode_s=decode_s, encoder=self.encoder
+            )
         trace_onboard(
             self.timeline.origin,
             seconds,

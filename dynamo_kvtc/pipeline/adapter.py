@@ -15,18 +15,27 @@ from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
-from dynamo_kvtc.observability import Action, Counters, MetricsEndpoint, Snapshot
+from dynamo_kvtc.observability import Counters, MetricsEndpoint, Snapshot
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
 from dynamo_kvtc.pipeline.boundary import Boundaries
+from dynamo_kvtc.pipeline.choosing import Chooser
+from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.events import EventLog
-from dynamo_kvtc.pipeline.guarded import GuardedEncoder
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.pins import Pins
 from dynamo_kvtc.pipeline.threads import single_threaded_pool
-from dynamo_kvtc.policy import CostPolicy, OffloadPolicy, Piece, PrefixDecision, Speeds
+from dynamo_kvtc.policy import (
+    RAW,
+    CostPolicy,
+    OffloadPolicy,
+    Piece,
+    PrefixDecision,
+    Speeds,
+    StorePolicy,
+)
 from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey, TierStats
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
@@ -35,9 +44,6 @@ from dynamo_kvtc.transfer.staging import StagingPool
 __all__ = ["AdapterStatus", "TierAdapter"]
 
 _log = logging.getLogger(__name__)
-
-#: What a status says of a quality guard that is not there.
-_OFF: Mapping[str, Any] = {"state": "off", "level": 0, "error_ratio": None, "checks": {}, "seconds": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class TierAdapter:
     Parameters
     ----------
     codec : KvCodec
-        Encodes at the boundary between the engine and the first tier.
+        Decodes, and encodes at the boundary between the engine and the first tier unless `encoders` do.
     artifact_id : bytes
         Part of every key; objects of another artifact are misses.
     block_size : int
@@ -89,11 +95,10 @@ class TierAdapter:
     store_timeout_s : float
         Deadline for storing one tier block.
     costs : CostPolicy, optional
-        Decides by cost what is promised and what is stored; by default with nothing but what is measured.
-    encoder : str
-        Name of what `codec` encodes with, for measurements and metrics.
-    guarded : GuardedEncoder, optional
-        Encodes in place of `codec`, under the quality guard.
+        Decides by cost what is promised; by default with nothing but what is measured. What is stored, and
+        with what, is decided with the same speeds and settings.
+    encoders : Encoders, optional
+        What may be encoded with, under the quality guard; `codec` decodes all of it. By default `codec`.
     device_codec : PagedCodec, optional
         Serves caches on its device in place of `codec`; its streams are the same.
     """
@@ -115,15 +120,21 @@ class TierAdapter:
         decode_threads: int = 2,
         store_timeout_s: float = 30.0,
         costs: CostPolicy | None = None,
-        encoder: str = "default",
-        guarded: GuardedEncoder | None = None,
+        encoders: Encoders | None = None,
         device_codec: PagedCodec | None = None,
     ) -> None:
         policy.check_block_size(block_size)
         self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
         self.counters = Counters()
         self.costs = costs or CostPolicy(Speeds())
-        self._encoder, self._guarded = encoder, guarded
+        self.encoders = encoders or Encoders.single(codec)
+        self._chooser = Chooser(
+            self.encoders,
+            StorePolicy(self.costs.speeds, self.costs.settings),
+            tiers,
+            self.counters,
+            policy.tier_block_tokens,
+        )
         self._pins = Pins(tiers)
         tiers.on_read = self.costs.speeds.read
         self._agent, self._staging = agent, staging
@@ -132,9 +143,9 @@ class TierAdapter:
         # Threads of their own: offloading must not delay onboarding.
         self._offload_threads = ThreadPoolExecutor(2, thread_name_prefix="kvtc-encode")
         self._onboard_threads = single_threaded_pool(decode_threads, "kvtc-decode")
-        boundaries = Boundaries(codec, device_codec, guarded)
+        boundaries = Boundaries(codec, self.encoders, device_codec)
         self._offloader = Offloader(
-            codec.geometry,
+            self.encoders,
             boundaries,
             tiers,
             staging,
@@ -145,8 +156,6 @@ class TierAdapter:
             batch=offload_batch,
             timeout_s=store_timeout_s,
             speeds=self.costs.speeds,
-            encoder=encoder,
-            guarded=guarded,
         )
         self._onboarder = Onboarder(
             codec,
@@ -158,6 +167,7 @@ class TierAdapter:
             self._onboard_threads,
             onboard,
             self.costs.speeds,
+            self.encoders,
         )
         self._onboards: set[OnboardHandle] = set()
         self._closing: list[Callable[[], Awaitable[None]]] = []
@@ -211,10 +221,12 @@ class TierAdapter:
         if found <= first:
             return 0
         # A tier may lose an object meanwhile; onboarding says so then.
-        pieces = [
-            Piece(step, tier.size_of(key) or 0, tier.name)
-            for key, tier in zip(keys[first:found], tiers[first:], strict=True)
-        ]
+        raw_size = self.encoders.raw_bytes(step)
+        pieces = []
+        for key, tier in zip(keys[first:found], tiers[first:], strict=True):
+            size = tier.size_of(key) or 0
+            pieces.append(Piece(step, size, tier.name, RAW if size == raw_size else None))
+        self.costs.speeds.found([tier.name for tier in tiers])
         decision = self.costs.prefix(pieces)
         self.counters.decided("onboard", decision.action)
         tokens = (first + decision.blocks) * step if decision.blocks else 0
@@ -243,20 +255,11 @@ class TierAdapter:
         if self.events is not None:
             self.events.name([ref.key for ref in refs], self._last_hashes(blocks.hashes))
         refs = [ref for ref in refs if ref.first_position < stop]
-        return self._offloader.submit(refs if self._worth_storing(len(refs), count) else [], source)
-
-    def _worth_storing(self, wanted: int, count: int) -> bool:
-        """Decide about `wanted` of the `count` leading tier blocks of a sequence."""
-        if not wanted:
-            return False
-        tier, encoder, step = self.tiers.tiers[0].name, self._encoder, self.policy.tier_block_tokens
-        if self._guarded is not None:
-            encoder = self._guarded.current.name
-        stopped = self._guarded is not None and self._guarded.guard.stopped
-        action: Action = "skip" if stopped else self.costs.store(count, step, encoder, tier)
-        self.counters.decided("offload", action, wanted)
-        _log.debug("offload", extra={"kvtc": {"action": action, "tier_blocks": wanted, "of_sequence": count}})
-        return action != "skip"
+        pending = self._offloader.pending
+        choice = self._chooser.choose(len(refs), count, pending) if refs else None
+        if choice is None:
+            return self._offloader.submit([], source)
+        return self._offloader.submit(refs, source, choice.encoder, choice.depth)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Tell how long the engine took to compute the KV of `tokens` tokens, for decisions by cost."""
@@ -340,8 +343,8 @@ class TierAdapter:
             failed_puts=self.tiers.failed_puts,
             artifact=self.artifact,
             speeds=self.costs.speeds.to_dict(),
-            guard=_OFF if self._guarded is None else self._guarded.guard.to_dict(),
-            policy={**asdict(self.policy), **asdict(self.costs.settings)},
+            guard=self.encoders.guard_status(),
+            policy={**asdict(self.policy), **asdict(self.costs.settings), **self._chooser.to_dict()},
         )
 
     def on_close(self, release: Callable[[], Awaitable[None]]) -> None:

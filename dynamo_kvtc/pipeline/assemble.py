@@ -39,12 +39,12 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.pipeline.adapter import TierAdapter
+from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.expose import expose
-from dynamo_kvtc.pipeline.guarded import GuardedEncoder, Level
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
-from dynamo_kvtc.policy import CostPolicy, CostSettings, OffloadPolicy, Speeds
+from dynamo_kvtc.policy import RAW, CostPolicy, CostSettings, OffloadPolicy, Speeds
 from dynamo_kvtc.policy.admission import Admission
-from dynamo_kvtc.policy.guard import GuardSettings, QualityGuard
+from dynamo_kvtc.policy.guard import GuardSettings
 from dynamo_kvtc.tiers.access import check_private
 from dynamo_kvtc.tiers.base import Gate, Tier
 from dynamo_kvtc.tiers.breaker_tier import BreakerTier
@@ -112,10 +112,8 @@ async def open_adapter(
     cores = len(os.sched_getaffinity(0))
     policy = offload_policy(config)
     policy.check_block_size(block_size)
-    codec, artifact = await asyncio.to_thread(_codec, config, geometry, rope)
+    codec, encoders, artifact_id = await asyncio.to_thread(_codecs, config, geometry, rope)
     device_codec = await asyncio.to_thread(_device_codec, config, codec, device)
-    artifact_id = bytes(ARTIFACT_ID_BYTES) if artifact is None else artifact.parameters.artifact_id
-    encoder = " ".join(name for name in _encoder(config).values() if name)
     async with AsyncExitStack() as opened:
         agent = await opened.enter_async_context(
             await TransferAgent.create(
@@ -167,8 +165,7 @@ async def open_adapter(
             decode_threads=config.pipeline.decode_threads or min(_MOST_DECODE_THREADS, cores),
             store_timeout_s=config.transfer.timeout,
             costs=_costs(config),
-            encoder=encoder,
-            guarded=None if artifact is None else _guarded(config, codec, artifact, encoder),
+            encoders=encoders,
             device_codec=device_codec,
         )
         adapter.artifact = {"id": artifact_id.hex(), **_encoder(config)}
@@ -211,29 +208,14 @@ def offload_policy(config: Config) -> OffloadPolicy:
     )
 
 
-def _guarded(config: Config, codec: KvCodec, artifact: Artifact, encoder: str) -> GuardedEncoder | None:
-    """Put the quality guard around the codec, with the artifact's gentler plans behind it."""
-    settings = GuardSettings(config.policy.guard.share, config.policy.guard.tolerance)
-    if not settings.share or not isinstance(codec, TransformCodec) or codec.plan_id is None:
-        return None
-    ratios = artifact.parameters.ratios
-    gentler = sorted((one for one in ratios.values() if one < ratios[codec.plan_id]), reverse=True)
-    levels = [Level(encoder, codec)]
-    levels += [
-        Level(f"{config.encoding.profile} ratio={ratio:g}", _open(config, artifact, ratio=ratio))
-        for ratio in gentler
-    ]
-    stated = next(one for one in artifact.manifest.expected_error if one.plan_id == codec.plan_id)
-    expected = fmean([*stated.keys, *stated.values])
-    return GuardedEncoder(QualityGuard(settings, len(levels)), levels, expected)
-
-
-def _codec(
+def _codecs(
     config: Config, geometry: KvGeometry, rope: RopeParameters | None
-) -> tuple[KvCodec, Artifact | None]:
+) -> tuple[KvCodec, Encoders, bytes]:
+    """Return what decodes, what encodes, and the artifact's id."""
     wanted = config.encoding
     if wanted.profile == "raw":
-        return RawCodec(geometry), None
+        plain = RawCodec(geometry)
+        return plain, Encoders.single(plain, RAW), bytes(ARTIFACT_ID_BYTES)
     if config.artifact is None:
         raise ConfigError(f"codec.profile {wanted.profile} needs an artifact")
     artifact = load_artifact(config.artifact)
@@ -245,7 +227,41 @@ def _codec(
     artifact.check_model(geometry, rope or artifact.parameters.rope)
     codec = _open(config, artifact, ratio=wanted.plan_ratio, max_kl=wanted.max_kl)
     codec.warm_up()
-    return codec, artifact
+    artifact_id = artifact.parameters.artifact_id
+    # Raw streams are read whatever the policy is: an earlier one may have stored some.
+    raw = RawCodec(geometry, artifact_id, layer_groups=codec.layer_groups)
+    return MixedCodec(codec, raw), _encoders(config, codec, raw, artifact), artifact_id
+
+
+def _encoders(config: Config, codec: TransformCodec, raw: RawCodec, artifact: Artifact) -> Encoders:
+    """Return what may be encoded with: the artifact's plans up to the coarsest that is allowed, and raw."""
+    ratios, profile = artifact.parameters.ratios, config.encoding.profile
+    stated = {one.plan_id: fmean([*one.keys, *one.values]) for one in artifact.manifest.expected_error}
+    own = codec.encoding_plan
+    most = max(ratios[own], config.codec.max_ratio or 0.0)
+    names = _encoder(config)
+    plans = []
+    for plan_id in sorted((one for one in ratios if ratios[one] <= most), key=lambda one: -ratios[one]):
+        ratio = ratios[plan_id]
+        if plan_id == own:
+            plans.append(Encoder(f"{profile} {names['plan']}", codec, ratio, stated[own]))
+            continue
+        # The quality of the configured plan is what was chosen; gentler ones are held against it, too.
+        error = stated.get(plan_id, stated[own]) if ratio > ratios[own] else stated[own]
+        opened = _open(config, artifact, ratio=ratio)
+        plans.append(Encoder(f"{profile} ratio={ratio:g}", opened, ratio, error))
+    takes, staging = raw.max_stream_bytes(config.policy.tier_block_tokens, 0), config.transfer.staging
+    no_raw = "policy.raw is never" if config.policy.raw == "never" else ""
+    if not no_raw and takes > staging:
+        no_raw = f"a raw tier block takes {takes} bytes, transfer.staging has {staging}"
+    return Encoders(
+        plans,
+        next(index for index, plan in enumerate(plans) if plan.codec is codec),
+        raw=None if no_raw else Encoder(RAW, raw),
+        no_raw=no_raw,
+        raw_by_cost=config.policy.raw == "by_cost",
+        guard=GuardSettings(config.policy.guard.share, config.policy.guard.tolerance),
+    )
 
 
 def _open(

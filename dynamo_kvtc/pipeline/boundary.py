@@ -27,7 +27,7 @@ from dynamo_kvtc.codec.paged_codec import (
     PendingEncode,
 )
 from dynamo_kvtc.errors import KvtcError
-from dynamo_kvtc.pipeline.guarded import GuardedEncoder
+from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 
 __all__ = ["Boundaries", "Boundary", "DeviceBoundary", "Fence", "HostBoundary"]
@@ -54,12 +54,18 @@ class Boundary(ABC):
 
     @abstractmethod
     def begin_encode(
-        self, cache: PagedKvCache, blocks: Sequence[PagedBlock], after: Fence | None = None
+        self,
+        cache: PagedKvCache,
+        blocks: Sequence[PagedBlock],
+        encoder: Encoder,
+        after: Fence | None = None,
     ) -> PendingEncode:
         """Begin to encode tier blocks; called by one thread at a time.
 
         Parameters
         ----------
+        encoder : Encoder
+            What to encode with.
         after : Fence, optional
             What the engine asked of its device before it handed over the blocks: `PagedKvCache.fenced` then.
         """
@@ -102,7 +108,8 @@ class _HostStream:
 class _HostEncode:
     """Tier blocks that have been copied out."""
 
-    encoder: GuardedEncoder | KvCodec
+    encoders: Encoders
+    encoder: Encoder
     blocks: Sequence[TierBlock]
 
     @property
@@ -111,14 +118,14 @@ class _HostEncode:
 
     def streams(self) -> Sequence[EncodedStream | Exception]:
         try:
-            return [_HostStream(data) for data in self.encoder.encode(self.blocks)]
+            return [_HostStream(data) for data in self.encoders.encode(self.blocks, self.encoder)]
         except Exception:
             # One bad block (NaN, say) must not take the others of its batch with it.
             return [self._alone(block) for block in self.blocks]
 
     def _alone(self, block: TierBlock) -> EncodedStream | Exception:
         try:
-            return _HostStream(self.encoder.encode([block])[0])
+            return _HostStream(self.encoders.encode([block], self.encoder)[0])
         except Exception as error:
             return error
 
@@ -128,15 +135,19 @@ class HostBoundary(Boundary):
 
     launches = False
 
-    def __init__(self, codec: KvCodec, guarded: GuardedEncoder | None = None) -> None:
-        self._codec, self._encoder = codec, guarded or codec
+    def __init__(self, codec: KvCodec, encoders: Encoders) -> None:
+        self._codec, self._encoders = codec, encoders
 
     def begin_encode(
-        self, cache: PagedKvCache, blocks: Sequence[PagedBlock], after: Fence | None = None
+        self,
+        cache: PagedKvCache,
+        blocks: Sequence[PagedBlock],
+        encoder: Encoder,
+        after: Fence | None = None,
     ) -> PendingEncode:
         """Copy tier blocks out of the cache, which knows its fence; see `Boundary.begin_encode`."""
         keys, values = cache.gather([one for block in blocks for one in block.block_ids])
-        return _HostEncode(self._encoder, cut_blocks(keys, values, blocks))
+        return _HostEncode(self._encoders, encoder, cut_blocks(keys, values, blocks))
 
     def open_groups(
         self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
@@ -174,7 +185,8 @@ class _GuardedPending:
     """A batch on a device, with copies of the blocks that the guard wants to see decoded again."""
 
     pending: PendingEncode
-    guarded: GuardedEncoder
+    encoders: Encoders
+    encoder: Encoder
     codec: PagedCodec
     samples: dict[int, TierBlock]
 
@@ -189,7 +201,7 @@ class _GuardedPending:
             if not isinstance(stream, Exception):
                 data = bytearray(stream.nbytes)
                 stream.copy_into(memoryview(data))
-                self.guarded.check(self.codec, block, data)
+                self.encoders.check(self.encoder, block, data, self.codec)
         return streams
 
 
@@ -207,35 +219,38 @@ class DeviceBoundary(Boundary):
     Parameters
     ----------
     codec : PagedCodec
-        Encodes with the configured plan; decodes every plan's streams.
-    host : KvCodec
-        Decodes streams of other profiles (raw ones), which are copied in.
-    guarded : GuardedEncoder, optional
-        Chooses the plan instead, and checks samples, which never leave the device.
+        Encodes with any plan, and decodes every plan's streams.
+    encoders : Encoders
+        Check samples, which never leave the device.
+    host : HostBoundary
+        Encodes and decodes streams of other profiles (raw ones), which are copied out and in.
     """
 
     launches = True
 
-    def __init__(self, codec: PagedCodec, host: KvCodec, guarded: GuardedEncoder | None = None) -> None:
-        self._codec, self._guarded = codec, guarded
-        self._host = HostBoundary(host)
+    def __init__(self, codec: PagedCodec, encoders: Encoders, host: HostBoundary) -> None:
+        self._codec, self._encoders, self._host = codec, encoders, host
         self.most_encode_tokens = codec.most_encode_tokens
         self.most_open_tokens = codec.most_open_tokens
 
     def begin_encode(
-        self, cache: PagedKvCache, blocks: Sequence[PagedBlock], after: Fence | None = None
+        self,
+        cache: PagedKvCache,
+        blocks: Sequence[PagedBlock],
+        encoder: Encoder,
+        after: Fence | None = None,
     ) -> PendingEncode:
         """Launch the encoding of tier blocks; see `Boundary.begin_encode`."""
+        if encoder.is_raw:
+            return self._host.begin_encode(cache, blocks, encoder, after)
         keys, values = cache.views
-        if self._guarded is None:
-            return self._codec.begin_encode(keys, values, blocks, after=after)
-        codec = self._codec.with_plan_of(self._guarded.current.codec)
-        chosen = [index for index in range(len(blocks)) if self._guarded.guard.samples_next()]
+        codec = self._codec.with_plan_of(encoder.codec)
+        chosen = [index for index in range(len(blocks)) if self._encoders.guard.samples_next()]
         copies = {
             index: cut_blocks(*cache.gather(blocks[index].block_ids), [blocks[index]])[0] for index in chosen
         }
         pending = codec.begin_encode(keys, values, blocks, after=after)
-        return _GuardedPending(pending, self._guarded, codec, copies)
+        return _GuardedPending(pending, self._encoders, encoder, codec, copies)
 
     def open_groups(
         self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
@@ -295,17 +310,15 @@ class Boundaries:
     ----------
     codec : KvCodec
         The CPU's, for every cache that the device's codec does not serve.
+    encoders : Encoders
+        What may be encoded with.
     device_codec : PagedCodec, optional
         For caches on its device.
-    guarded : GuardedEncoder, optional
-        Encodes in place of either.
     """
 
-    def __init__(
-        self, codec: KvCodec, device_codec: PagedCodec | None = None, guarded: GuardedEncoder | None = None
-    ) -> None:
-        self._host = HostBoundary(codec, guarded)
-        self._device = None if device_codec is None else DeviceBoundary(device_codec, codec, guarded)
+    def __init__(self, codec: KvCodec, encoders: Encoders, device_codec: PagedCodec | None = None) -> None:
+        self._host = HostBoundary(codec, encoders)
+        self._device = None if device_codec is None else DeviceBoundary(device_codec, encoders, self._host)
         self._place = None if device_codec is None else device_codec.device
 
     def of(self, cache: PagedKvCache) -> Boundary:

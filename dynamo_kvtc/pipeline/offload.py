@@ -15,7 +15,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.paged_codec import EncodedStream, PagedBlock, PendingEncode
 from dynamo_kvtc.errors import (
     CodecError,
@@ -29,7 +28,7 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.observability import Counters, DropReason
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary, Fence
-from dynamo_kvtc.pipeline.guarded import GuardedEncoder
+from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
@@ -124,6 +123,9 @@ class _Job:
     source: PagedKvCache
     ticket: OffloadTicket
     after: Fence | None
+    encoder: Encoder
+    #: Into how many leading tiers it goes; None: all.
+    depth: int | None
 
 
 @dataclass(slots=True)
@@ -150,15 +152,11 @@ class Offloader:
         Deadline of each staging lease and each put.
     speeds : Speeds, optional
         Where the measured speed of encoding goes.
-    encoder : str
-        Under which name it goes there.
-    guarded : GuardedEncoder, optional
-        Names what encodes now, where the quality guard chooses.
     """
 
     def __init__(
         self,
-        geometry: KvGeometry,
+        encoders: Encoders,
         boundaries: Boundaries,
         tiers: TierStack,
         staging: StagingPool,
@@ -170,12 +168,9 @@ class Offloader:
         batch: int = 4,
         timeout_s: float = 30.0,
         speeds: Speeds | None = None,
-        encoder: str = "default",
-        guarded: GuardedEncoder | None = None,
     ) -> None:
-        self._guarded = guarded
-        self._speeds, self._encoder = Speeds() if speeds is None else speeds, encoder
-        self._geometry, self._boundaries = geometry, boundaries
+        self._speeds = Speeds() if speeds is None else speeds
+        self._encoders, self._boundaries = encoders, boundaries
         self._tiers, self._staging = tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._queue_limit, self._batch, self._timeout_s = queue_limit, batch, timeout_s
@@ -192,11 +187,25 @@ class Offloader:
         """Tier blocks that wait in the queue."""
         return len(self._queue)
 
-    def submit(self, refs: Sequence[TierBlockRef], source: PagedKvCache) -> OffloadTicket:
+    def submit(
+        self,
+        refs: Sequence[TierBlockRef],
+        source: PagedKvCache,
+        encoder: Encoder | None = None,
+        depth: int | None = None,
+    ) -> OffloadTicket:
         """Queue tier blocks and return at once.
 
         The engine must not reuse the blocks before ``ticket.gathered()`` has completed.
+
+        Parameters
+        ----------
+        encoder : Encoder, optional
+            What to encode with, if the quality guard does not object meanwhile.
+        depth : int, optional
+            Into how many leading tiers they go; None: all.
         """
+        chosen = encoder or self._encoders.current
         wanted = [ref for ref in refs if ref.key not in self._keys and self._tiers.size_of(ref.key) is None]
         room = 0 if self._closed else max(0, self._queue_limit - len(self._queue))
         accepted = wanted[:room]
@@ -205,7 +214,7 @@ class Offloader:
         ticket.result.dropped = len(wanted) - len(accepted)
         if ticket.result.dropped:
             self._counters.dropped("closed" if self._closed else "queue_full", ticket.result.dropped)
-        self._queue.extend(_Job(ref, source, ticket, source.fenced) for ref in accepted)
+        self._queue.extend(_Job(ref, source, ticket, source.fenced, chosen, depth) for ref in accepted)
         self._keys.update(ref.key for ref in accepted)
         self._in_work = [held for held in self._in_work if not held.is_finished()]
         if accepted:
@@ -259,20 +268,24 @@ class Offloader:
             await storing
 
     def _next_batch(self) -> list[_Job]:
-        """Take jobs that share a source, so that one gather serves them, and fit into its staging memory."""
-        source, most = self._queue[0].source, self._boundaries.of(self._queue[0].source).most_encode_tokens
-        jobs = [self._queue.popleft()]
-        tokens = jobs[0].ref.num_tokens
-        while self._queue and len(jobs) < self._batch and self._queue[0].source is source:
-            tokens += self._queue[0].ref.num_tokens
-            if most is not None and tokens > most:
+        """Take jobs that share source and encoder: one gather serves them, and fits into staging memory."""
+        first = self._queue.popleft()
+        most = self._boundaries.of(first.source).most_encode_tokens
+        jobs, tokens = [first], first.ref.num_tokens
+        while self._queue and len(jobs) < self._batch:
+            following = self._queue[0]
+            tokens += following.ref.num_tokens
+            alike = following.source is first.source and following.encoder is first.encoder
+            if not alike or (most is not None and tokens > most):
                 break
             jobs.append(self._queue.popleft())
         return jobs
 
     async def _gather_and_encode(self, jobs: list[_Job]) -> list[_Encoded]:
         boundary = self._boundaries.of(jobs[0].source)
-        encoder = self._encoder if self._guarded is None else self._guarded.current.name
+        encoder = self._encoders.resolve(jobs[0].encoder)
+        for job in jobs:
+            job.encoder = encoder
         start = time.perf_counter()
         try:
             with self._counters.timed("gather"):
@@ -300,7 +313,7 @@ class Offloader:
         sizes = [stream.nbytes for stream in streams if not isinstance(stream, Exception)]
         if len(sizes) == len(jobs):
             tokens = sum(job.ref.num_tokens for job in jobs)
-            self._speeds.encoded(encoder, tokens, sum(sizes), time.perf_counter() - start - gather_s)
+            self._speeds.encoded(encoder.name, tokens, sum(sizes), time.perf_counter() - start - gather_s)
         return [
             _Encoded(job, stream)
             for job, stream, is_void in zip(jobs, streams, void, strict=True)
@@ -321,7 +334,7 @@ class Offloader:
             for job in jobs
         ]
         # Fences are points of one stream: the last stands for the others.
-        pending = boundary.begin_encode(jobs[0].source, blocks, jobs[-1].after)
+        pending = boundary.begin_encode(jobs[0].source, blocks, jobs[0].encoder, jobs[-1].after)
         pending.gathered.wait()
         return pending
 
@@ -335,7 +348,9 @@ class Offloader:
                 with self._counters.timed("store"):
                     async with self._staging.lease(stream.nbytes, timeout_s=self._timeout_s) as span:
                         await run_to_end(self._executor, partial(stream.copy_into, span.view))
-                        written = await self._tiers.put(key, span, timeout_s=self._timeout_s)
+                        written = await self._tiers.put(
+                            key, span, timeout_s=self._timeout_s, depth=item.job.depth
+                        )
             except Exception as error:
                 self._drop([item.job], error)
             else:
@@ -349,8 +364,9 @@ class Offloader:
             self._counters.offloaded(
                 blocks=1,
                 tokens=job.ref.num_tokens,
-                raw_bytes=job.ref.num_tokens * self._geometry.token_bytes,
+                raw_bytes=job.ref.num_tokens * job.encoder.codec.geometry.token_bytes,
                 stored_bytes=stored_bytes,
+                encoder=job.encoder.name,
             )
         else:
             result.already_stored += 1

@@ -38,6 +38,7 @@ from dynamo_kvtc.observability import Counters, Stage
 from dynamo_kvtc.pipeline.accounting import EndedOnboard
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.boundary import Boundaries
+from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.landing import Landing
 from dynamo_kvtc.pipeline.paged import PagedKvCache
@@ -104,6 +105,8 @@ class Onboarder:
         Decode into the caches that tier blocks go to.
     executor : Executor
         Runs everything that computes, tier blocks and layers side by side; the event loop only waits.
+    encoders : Encoders, optional
+        Know what streams were encoded with, for measured speeds.
     """
 
     def __init__(
@@ -117,7 +120,9 @@ class Onboarder:
         executor: Executor,
         settings: OnboardSettings | None = None,
         speeds: Speeds | None = None,
+        encoders: Encoders | None = None,
     ) -> None:
+        self._encoders = encoders
         self._codec, self._boundaries = codec, boundaries
         self._tiers, self._staging = tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
@@ -144,7 +149,7 @@ class _Request:
     ) -> None:
         self._codec, self._tiers, self._staging = owner._codec, owner._tiers, owner._staging
         self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
-        self._settings, self._speeds = owner._settings, owner.speeds
+        self._settings, self._speeds, self._encoders = owner._settings, owner.speeds, owner._encoders
         self._boundary = owner._boundaries.of(destination)
         self._after = destination.fenced
         self._landing = Landing(owner._executor)
@@ -188,7 +193,9 @@ class _Request:
         elif (error := task.exception()) is not None:
             _log.error("onboarding failed by an unexpected error", exc_info=error)
             self._fail_from(0, error)
-        ended = EndedOnboard(self._refs, self._headers[: self._sound], self._timeline, self._cause)
+        headers = self._headers[: self._sound]
+        encoder = None if self._encoders is None else self._encoders.name_of(headers)
+        ended = EndedOnboard(self._refs, headers, self._timeline, self._cause, encoder)
         ended.count(self._counters, self._speeds, self._codec.geometry.token_bytes)
         self._handle._finish(self._error())
 

@@ -1,8 +1,8 @@
-"""Onboard or recompute, store or skip: decided from measured costs.
+"""Onboard or recompute: decided from measured costs.
 
 The cost of onboarding is the longer one of transfer and decode, which overlap, plus a measured overhead; the
 cost of not onboarding is the prefill of the same tokens. Where a speed is not known yet, nothing is decided
-by cost: everything found is promised, everything the window leaves is stored.
+by cost: everything found is promised.
 """
 
 from __future__ import annotations
@@ -14,16 +14,28 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.observability import Action
 from dynamo_kvtc.policy.speeds import Speeds
 
-__all__ = ["CostPolicy", "CostSettings", "Estimate", "Piece", "PrefixDecision", "estimate_onboard"]
+__all__ = [
+    "CostPolicy",
+    "CostSettings",
+    "Estimate",
+    "Piece",
+    "PrefixDecision",
+    "Refusals",
+    "estimate_onboard",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One stored tier block: its tokens, its bytes, and the tier that it would be read from."""
+    """One stored tier block: its tokens, its bytes, the tier it would be read from, what it was encoded with.
+
+    The name of the encoder tells how fast it decodes; None is any of the artifact's plans.
+    """
 
     tokens: int
-    nbytes: int
+    nbytes: float
     tier: str
+    encoder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +70,18 @@ def estimate_onboard(pieces: Sequence[Piece], speeds: Speeds) -> list[Estimate] 
     list[Estimate] or None
         None if a speed that is needed is not known.
     """
-    prefill, decode = speeds.prefill, speeds.decode
-    if prefill is None or decode is None:
+    prefill = speeds.prefill
+    if prefill is None:
         return None
-    estimates, tokens, transfer_s = [], 0, 0.0
+    estimates, tokens, transfer_s, decode_s = [], 0, 0.0, 0.0
     for piece in pieces:
-        read = speeds.read_speed(piece.tier)
-        if read is None:
+        read, decode = speeds.read_speed(piece.tier), speeds.decode_speed(piece.encoder)
+        if read is None or decode is None:
             return None
         tokens += piece.tokens
         transfer_s += piece.nbytes / read
-        estimates.append(Estimate(tokens, transfer_s, tokens / decode, speeds.overhead_s, tokens / prefill))
+        decode_s += piece.tokens / decode
+        estimates.append(Estimate(tokens, transfer_s, decode_s, speeds.overhead_s, tokens / prefill))
     return estimates
 
 
@@ -81,8 +94,9 @@ class CostSettings:
     enabled : bool
         False: no decision by cost.
     hysteresis : float
-        After a prefix was refused, onboarding must be faster than recomputing by this share before one is
-        promised again, so that noise does not turn decisions over.
+        The margin of decisions: after a prefix was refused, onboarding must be faster than recomputing by
+        this share before one is promised again; a coarser plan or raw must be faster by it than what is
+        stored with now. So noise does not turn decisions over.
     probe_every : int
         Every so manieth refusal in a row is let through: costs that are not paid are not measured.
     """
@@ -96,6 +110,28 @@ class CostSettings:
             raise ConfigError(f"hysteresis must not be negative and probe_every at least 1: {self}")
 
 
+@dataclass(slots=True)
+class Refusals:
+    """Refusals in a row of one kind of decision."""
+
+    settings: CostSettings
+    count: int = 0
+
+    @property
+    def margin(self) -> float:
+        """By which factor recomputing must be slower now for onboarding to be worth it."""
+        return 1 + self.settings.hysteresis * bool(self.count)
+
+    def accept(self) -> None:
+        """Take in that something was worth it."""
+        self.count = 0
+
+    def refuse(self) -> bool:
+        """Take in that nothing was; returns whether it is let through all the same, as a probe."""
+        self.count += 1
+        return self.count % self.settings.probe_every == 0
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixDecision:
     """How many of the leading tier blocks to onboard, why, and the estimate of the longest run, if any."""
@@ -106,7 +142,7 @@ class PrefixDecision:
 
 
 class CostPolicy:
-    """Decides by cost, with hysteresis. Belongs to one event loop.
+    """Decides by cost what is promised, with hysteresis. Belongs to one event loop.
 
     Parameters
     ----------
@@ -116,48 +152,20 @@ class CostPolicy:
 
     def __init__(self, speeds: Speeds, settings: CostSettings | None = None) -> None:
         self.speeds, self.settings = speeds, settings or CostSettings()
-        self._refusals = {"onboard": 0, "offload": 0}
+        self._refusals = Refusals(self.settings)
 
     def prefix(self, pieces: Sequence[Piece]) -> PrefixDecision:
         """Decide how much of a found prefix is worth onboarding: the run that saves most, or nothing."""
         estimates = estimate_onboard(pieces, self.speeds) if self.settings.enabled else None
         if not estimates:
             return PrefixDecision(len(pieces), "onboard", None)
-        margin = self._margin("onboard")
+        margin = self._refusals.margin
         saved = [one.recompute_s - one.onboard_s * margin for one in estimates]
         best = max(range(len(saved)), key=lambda index: saved[index])
         if saved[best] > 0:
-            self._refusals["onboard"] = 0
+            self._refusals.accept()
             whole = best == len(pieces) - 1
             return PrefixDecision(best + 1, "onboard" if whole else "trim", estimates[-1])
-        if self._probes("onboard"):
+        if self._refusals.refuse():
             return PrefixDecision(len(pieces), "probe", estimates[-1])
         return PrefixDecision(0, "recompute", estimates[-1])
-
-    def store(self, blocks: int, tokens: int, encoder: str, tier: str) -> Action:
-        """Decide whether a sequence's tier blocks are worth storing.
-
-        Parameters
-        ----------
-        blocks, tokens : int
-            The leading tier blocks that the recent window leaves, and the tokens of each.
-        encoder, tier : str
-            How they would be stored, and the fastest tier that they would be read from.
-        """
-        nbytes = self.speeds.token_bytes(encoder)
-        if not self.settings.enabled or not blocks or nbytes is None:
-            return "compress"
-        estimates = estimate_onboard([Piece(tokens, round(tokens * nbytes), tier)] * blocks, self.speeds)
-        if not estimates:
-            return "compress"
-        if any(one.recompute_s > one.onboard_s * self._margin("offload") for one in estimates):
-            self._refusals["offload"] = 0
-            return "compress"
-        return "probe" if self._probes("offload") else "skip"
-
-    def _margin(self, step: str) -> float:
-        return 1 + self.settings.hysteresis * bool(self._refusals[step])
-
-    def _probes(self, step: str) -> bool:
-        self._refusals[step] += 1
-        return self._refusals[step] % self.settings.probe_every == 0

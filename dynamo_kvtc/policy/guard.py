@@ -1,9 +1,9 @@
 """The quality guard: does what is stored come back as well as the artifact promises?
 
 A sampled share of the tier blocks is decoded after it was encoded and compared with the error that the
-artifact states for the configured plan. Where the mean of several samples lies above what is tolerated, the
-traffic is unlike the calibration text: the guard goes one plan gentler, and when there is none left, storing
-stops. It never goes back by itself: what drifted must be looked at.
+artifact states. Where the mean of several samples lies above what is tolerated, the traffic is unlike the
+calibration text: the guard goes one plan gentler, and when there is none left, to raw. Where raw is not to be
+had, storing stops. It never goes back by itself: what drifted must be looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynamo_kvtc.policy.speeds import Ewma
 __all__ = ["GuardSettings", "GuardState", "QualityGuard"]
 
 #: From the least to the most severe.
-GuardState = Literal["off", "ok", "raised", "stopped"]
+GuardState = Literal["off", "ok", "raised", "raw", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,15 @@ class QualityGuard:
     Parameters
     ----------
     levels : int
-        Plans that can be encoded with, from the configured one to the gentlest.
+        Steps with plans: the least gentle plan that may be encoded with becomes gentler with each of them.
+    has_raw : bool
+        Whether raw is the step behind them.
     """
 
-    def __init__(self, settings: GuardSettings, levels: int) -> None:
+    def __init__(self, settings: GuardSettings, levels: int, *, has_raw: bool = False) -> None:
         if levels < 1:
             raise ConfigError("a guard needs a plan to encode with")
-        self.settings, self._levels = settings, levels
+        self.settings, self._levels, self._has_raw = settings, levels, has_raw
         self.level = 0
         self._error = Ewma()
         self._due = 0.0
@@ -68,12 +70,14 @@ class QualityGuard:
         """What the guard has come to."""
         if not self.settings.share:
             return "off"
-        return "stopped" if self.stopped else "raised" if self.level else "ok"
+        if self.level >= self._levels:
+            return "raw" if self._has_raw else "stopped"
+        return "raised" if self.level else "ok"
 
     @property
     def stopped(self) -> bool:
-        """Whether even the gentlest plan is not good enough, so that nothing more is stored."""
-        return self.level >= self._levels
+        """Whether even the gentlest plan is not good enough and raw not to be had: nothing more is stored."""
+        return self.level >= self._levels and not self._has_raw
 
     def samples_next(self) -> bool:
         """Tell whether the next tier block is to be checked."""
@@ -92,7 +96,7 @@ class QualityGuard:
         most = 10 * self.settings.tolerance
         self._error.observe(min(error_ratio, most) if math.isfinite(error_ratio) else most)
         mean = self._error.value
-        if self.stopped or self._error.count < self.settings.samples or mean is None:
+        if self.level >= self._levels or self._error.count < self.settings.samples or mean is None:
             return False
         if mean <= self.settings.tolerance:
             return False

@@ -6,11 +6,20 @@ A speed that was never measured is None, and whoever decides then does as if the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Ewma", "Speeds"]
+__all__ = ["RAW", "Ewma", "Speeds"]
+
+#: Name of the encoder that stores raw.
+RAW = "raw"
+
+#: How much of a tier's share in what is found one lookup decides.
+_SHARE_WEIGHT = 0.02
+
+#: How much of the shares is divided evenly: a tier that nothing was found in lately is not forgotten.
+_EVEN = 0.1
 
 
 @dataclass(slots=True)
@@ -59,6 +68,8 @@ class Speeds:
     configured_prefill: float | None = None
     _prefill: Ewma = field(default_factory=Ewma)
     _decode: Ewma = field(default_factory=Ewma)
+    _decode_by: dict[str, Ewma] = field(default_factory=dict)
+    _found: dict[str, Ewma] = field(default_factory=dict)
     _overhead: Ewma = field(default_factory=Ewma)
     _read: dict[str, Ewma] = field(default_factory=dict)
     _encode: dict[str, Ewma] = field(default_factory=dict)
@@ -80,9 +91,27 @@ class Speeds:
         """Take in that `nbytes` bytes came from a tier while reads of it were under way for `seconds`."""
         self._read.setdefault(tier, Ewma()).observe_speed(nbytes, seconds)
 
-    def onboarded(self, tokens: int, *, wall_s: float, transfer_s: float, decode_s: float) -> None:
-        """Take in an onboard that was put in place whole; times as `Counters.onboard_ended` has them."""
+    def found(self, tiers: Sequence[str]) -> None:
+        """Take in a lookup: the tier that each of the tier blocks that it found would be read from."""
+        for tier in tiers:
+            self._found.setdefault(tier, Ewma(_SHARE_WEIGHT))
+        if tiers:
+            for tier, share in self._found.items():
+                share.observe(tiers.count(tier) / len(tiers))
+
+    def onboarded(
+        self, tokens: int, *, wall_s: float, transfer_s: float, decode_s: float, encoder: str | None = None
+    ) -> None:
+        """Take in an onboard that was put in place whole; times as `Counters.onboard_ended` has them.
+
+        Parameters
+        ----------
+        encoder : str, optional
+            What all of its tier blocks were encoded with; None if that differs.
+        """
         self._decode.observe_speed(tokens, decode_s)
+        if encoder is not None:
+            self._decode_by.setdefault(encoder, Ewma()).observe_speed(tokens, decode_s)
         self._overhead.observe(max(0.0, wall_s - max(transfer_s, decode_s)))
 
     # --- reading -----------------------------------------------------------------------------------
@@ -94,8 +123,32 @@ class Speeds:
 
     @property
     def decode(self) -> float | None:
-        """Tokens per second that decoding puts in place."""
+        """Tokens per second that decoding puts in place, whatever was encoded with."""
         return self._decode.value
+
+    def decode_speed(self, encoder: str | None = None) -> float | None:
+        """Tokens per second that streams of an encoder are decoded with.
+
+        A plan that was never decoded counts as the slowest that was. Raw streams that were never decoded
+        count as free: nothing is computed, and the first of them corrects that.
+        """
+        own = None if encoder is None else self._decode_by.get(encoder)
+        if own is not None and own.value is not None:
+            return own.value
+        if self._decode.value is None:
+            return None
+        if encoder == RAW:
+            return math.inf
+        plans = [mean.value for name, mean in self._decode_by.items() if name != RAW and mean.value]
+        return min(plans, default=self._decode.value)
+
+    def shares(self, tiers: Sequence[str]) -> dict[str, float]:
+        """Return where what is found lies, as measured in lookups: a share for each tier, 1 in all."""
+        found = {tier: self._found[tier].value or 0.0 if tier in self._found else 0.0 for tier in tiers}
+        total, even = sum(found.values()), 1 / len(tiers)
+        if not total:
+            return dict.fromkeys(tiers, even)
+        return {tier: (1 - _EVEN) * share / total + _EVEN * even for tier, share in found.items()}
 
     @property
     def overhead_s(self) -> float:
@@ -118,6 +171,8 @@ class Speeds:
             "prefill": self.prefill,
             "decode": self.decode,
             "overhead_s": self._overhead.value,
+            "decode_by": _values(self._decode_by.items()),
+            "found": _values(self._found.items()),
             "read": _values(self._read.items()),
             "encode": _values(self._encode.items()),
             "token_bytes": _values(self._token_bytes.items()),
@@ -133,6 +188,8 @@ class Speeds:
         if values.get("overhead_s") is not None:
             made._overhead.observe(float(values["overhead_s"]))
         for name, kept in (
+            ("decode_by", made._decode_by),
+            ("found", made._found),
             ("read", made._read),
             ("encode", made._encode),
             ("token_bytes", made._token_bytes),

@@ -132,8 +132,10 @@ class TierStack:
 
     # --- moving bytes ------------------------------------------------------------------------------
 
-    async def put(self, key: TierKey, source: MemorySpan, *, timeout_s: float) -> bool:
-        """Store an object in every tier, the fastest first.
+    async def put(
+        self, key: TierKey, source: MemorySpan, *, timeout_s: float, depth: int | None = None
+    ) -> bool:
+        """Store an object in every tier, or in the leading `depth` of them, the fastest first.
 
         A tier that fails does not keep the object from the others; that is counted in `failed_puts`. A tier
         that is written to behind has the object later, or never: ask it (`Tier.size_of`), or see `flush`.
@@ -152,7 +154,7 @@ class TierStack:
         written = False
         failures: list[KvtcError] = []
         asked = 0
-        for index, tier in enumerate(self.tiers):
+        for index, tier in enumerate(self.tiers[:depth]):
             gate = self._gates.get(tier.name)
             if gate is not None and tier.size_of(key) is None and not gate.admits(key, source.nbytes):
                 continue

@@ -27,11 +27,11 @@ from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import OnboardError
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.boundary import Boundaries, DeviceBoundary, HostBoundary
-from dynamo_kvtc.pipeline.guarded import GuardedEncoder, Level
+from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.permuted import PermutedKvCache
-from dynamo_kvtc.policy.guard import GuardSettings, QualityGuard
+from dynamo_kvtc.policy.guard import GuardSettings
 from dynamo_kvtc.tiers.base import ReadRequest
 
 #: Root-mean-square difference to the CPU's float32 products, of that of the values (`docs/bitstream.md`).
@@ -229,10 +229,10 @@ async def test_raw_streams_beside_an_artifacts_are_copied_in(tmp_path: Path, gpu
 async def test_the_guard_checks_samples_and_takes_the_gentler_plan(tmp_path: Path, gpu: GpuDevice) -> None:
     parameters = make_parameters(GEOMETRY, groups=2, ratios=(8.0, 2.0))
     codecs = [open_codec(parameters, ratio=ratio, compute_dtype="float32", threads=1) for ratio in (8.0, 2.0)]
-    levels = [Level(str(index), codec) for index, codec in enumerate(codecs)]
-    guarded = GuardedEncoder(QualityGuard(GuardSettings(1.0, 2.0, samples=1), 2), levels, 1e-9)
+    plans = [Encoder(str(index), codec, expected_error=1e-9) for index, codec in enumerate(codecs)]
+    encoders = Encoders(plans, guard=GuardSettings(1.0, 2.0, samples=1))
     async with open_rig(
-        tmp_path, codec=codecs[0], device_codec=GpuCodec(codecs[0], gpu), guarded=guarded
+        tmp_path, codec=codecs[0], device_codec=GpuCodec(codecs[0], gpu), encoders=encoders
     ) as rig:
         rig.source, rig.destination = on_device(rig.source, gpu), on_device(rig.destination, gpu)
         first, second = (rig.sequence(STEP, name=name) for name in "ab")
@@ -320,13 +320,13 @@ def test_a_cache_is_served_where_it_lies(gpu: GpuDevice) -> None:
     device = GpuCodec(host, gpu)
     layers = [torch.zeros(2, 4, 8, 2, 16, dtype=torch.bfloat16, device=gpu.device) for _ in range(4)]
     cache = PagedKvCache.from_layers(layers, "2BNHD")
-    assert isinstance(Boundaries(host, device).of(cache), DeviceBoundary)
-    assert isinstance(Boundaries(host).of(cache), HostBoundary)
+    assert isinstance(Boundaries(host, Encoders.single(host), device).of(cache), DeviceBoundary)
+    assert isinstance(Boundaries(host, Encoders.single(host)).of(cache), HostBoundary)
     page = 2 * 8 * 2 * 16
     pages = [torch.zeros(4, page, dtype=torch.bfloat16, device=gpu.device) for _ in range(4)]
     places = torch.arange(page).view(2, 8, 2, 16)
     strided = PermutedKvCache(pages, places[0], places[1])
-    assert isinstance(Boundaries(host, device).of(strided), DeviceBoundary)
+    assert isinstance(Boundaries(host, Encoders.single(host), device).of(strided), DeviceBoundary)
     shuffled = torch.randperm(page, generator=torch.Generator().manual_seed(0)).view(2, 8, 2, 16)
     odd = PermutedKvCache(pages, shuffled[0], shuffled[1])
-    assert isinstance(Boundaries(host, device).of(odd), HostBoundary)
+    assert isinstance(Boundaries(host, Encoders.single(host), device).of(odd), HostBoundary)

@@ -17,7 +17,7 @@ from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
-from dynamo_kvtc.pipeline.guarded import GuardedEncoder
+from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.policy import OffloadPolicy
@@ -113,7 +113,7 @@ async def open_rig(
     policy: OffloadPolicy = POLICY,
     codec: KvCodec | None = None,
     device_codec: PagedCodec | None = None,
-    guarded: GuardedEncoder | None = None,
+    encoders: Encoders | None = None,
     gates: Mapping[str, Gate] | None = None,
     store_timeout_s: float = 10.0,
     wrap_agent: Callable[[TransferAgent], TransferAgent] = lambda agent: agent,
@@ -136,7 +136,7 @@ async def open_rig(
                 policy,
                 BLOCK_SIZE,
                 onboard=onboard,
-                guarded=guarded,
+                encoders=encoders,
                 device_codec=device_codec,
                 queue_limit=queue_limit,
                 store_timeout_s=store_timeout_s,

@@ -24,10 +24,9 @@ def pieces(*tiers: str, nbytes: int = 25_600) -> list[Piece]:
     return [Piece(TOKENS, nbytes, tier) for tier in tiers]
 
 
-def test_without_measurements_everything_found_is_promised_and_stored() -> None:
+def test_without_measurements_everything_found_is_promised() -> None:
     policy = CostPolicy(Speeds())
     assert policy.prefix(pieces("disk1", "disk1")).blocks == 2
-    assert policy.store(2, TOKENS, "rd", "host0") == "compress"
 
 
 @pytest.mark.parametrize("missing", ["prefill", "decode", "read"])
@@ -75,16 +74,9 @@ def test_refusals_are_probed_so_that_costs_go_on_being_measured() -> None:
     assert actions == ["recompute", "recompute", "probe"] * 2
 
 
-def test_what_no_tier_could_give_back_in_time_is_not_stored() -> None:
-    policy = CostPolicy(speeds(disk=1e3), CostSettings(probe_every=2))
-    assert [policy.store(4, TOKENS, "rd", "disk1") for _ in range(2)] == ["skip", "probe"]
-    assert policy.store(4, TOKENS, "rd", "host0") == "compress"
-
-
 def test_decisions_by_cost_can_be_turned_off() -> None:
     policy = CostPolicy(speeds(disk=1.0), CostSettings(enabled=False))
     assert policy.prefix(pieces("disk1")).action == "onboard"
-    assert policy.store(4, TOKENS, "rd", "disk1") == "compress"
 
 
 @given(

@@ -26,6 +26,16 @@ def test_it_goes_gentler_step_by_step_and_stops_at_last() -> None:
     assert not watched.checked(5.0) and watched.level == 3
 
 
+def test_its_last_step_is_raw_where_there_is_raw() -> None:
+    watched = QualityGuard(GuardSettings(tolerance=2.0, samples=1), 2, has_raw=True)
+    states = []
+    for _ in range(4):
+        watched.checked(5.0)
+        states.append(watched.state)
+    assert states == ["raised", "raw", "raw", "raw"]
+    assert not watched.stopped and watched.level == 2
+
+
 def test_what_is_as_good_as_stated_changes_nothing() -> None:
     watched = guard()
     assert not any(watched.checked(1.5) for _ in range(100))
