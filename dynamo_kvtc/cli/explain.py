@@ -19,12 +19,16 @@ from dynamo_kvtc.cli.output import (
 from dynamo_kvtc.cli.worker import UrlOption, fetch_status
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.policy import (
+    RAW,
+    Candidate,
     CostPolicy,
     CostSettings,
     Estimate,
     OffloadPolicy,
     Piece,
     Speeds,
+    StoreDecision,
+    StorePolicy,
     estimate_onboard,
 )
 
@@ -63,6 +67,8 @@ def command(
     status = fetch_status(url) if url else {}
     values: dict[str, Any] = {name: dict(status.get("speeds", {}).get(name) or {}) for name in _MAPPINGS}
     values |= {name: status.get("speeds", {}).get(name) for name in ("prefill", "decode", "overhead_s")}
+    values["decode_by"] = status.get("speeds", {}).get("decode_by") if decode is None else {}
+    values["found"] = status.get("speeds", {}).get("found")
     values |= {name: given for name, given in (("prefill", prefill), ("decode", decode)) if given is not None}
     values["read"] |= _pairs(read, "--read")
     values["token_bytes"] |= _pairs(token_bytes, "--token-bytes")
@@ -75,8 +81,16 @@ def command(
     ]
     unknown = [name for name in ("prefill", "decode") if values[name] is None]
     unknown += [name for name in ("read", "token_bytes") if not values[name]]
+    candidates = _candidates(status, values, {pair.rpartition("=")[0] for pair in token_bytes or []})
+    tiers = list(status.get("tiers") or values["read"])
+    storing = StorePolicy(speeds, settings)
+    storing.current = status.get("policy", {}).get("stores_with")
+    stored = (
+        storing.decide(blocks * policy.tier_block_tokens, candidates, tiers) if blocks and tiers else None
+    )
     if json:
-        print_json(_plain(tokens, blocks, policy, found, unknown))
+        plain = _plain(tokens, blocks, policy, found, unknown)
+        print_json(plain | {"store": None if stored is None else _plain_store(stored, candidates)})
         return
     print_line(_sentence(tokens, blocks, policy, unknown))
     rows = [_row(one) for one in found]
@@ -85,6 +99,8 @@ def command(
     columns = ("candidate", "tier", "bytes", "transfer", "decode", "in all", "decision")
     if rows:
         print_table(make_table(f"{blocks * policy.tier_block_tokens:,} tokens", columns, rows))
+    if stored is not None:
+        _print_store(stored, candidates)
 
 
 _MAPPINGS = ("read", "encode", "token_bytes")
@@ -115,9 +131,64 @@ def _policies(status: dict[str, Any]) -> tuple[OffloadPolicy, CostSettings]:
         raise ConfigError(f"the worker tells a policy that this release does not know: {error}") from error
 
 
+def _candidates(status: dict[str, Any], values: dict[str, Any], given: set[str]) -> list[Candidate]:
+    """Return what a sequence may be stored with: what the worker tells, or what was given, raw last."""
+    told = status.get("policy", {}).get("candidates")
+    if told is not None:
+        return [
+            Candidate(
+                one["encoder"],
+                values["token_bytes"][one["encoder"]] if one["encoder"] in given else one["token_bytes"],
+                tuple(one["tiers"]),
+                one["action"],
+            )
+            for one in told
+        ]
+    plans = sorted(values["token_bytes"].items(), key=lambda pair: (pair[0] == RAW, -pair[1]))
+    tiers = tuple(values["read"])
+    return [
+        Candidate(name, nbytes, tiers, "raw" if name == RAW else "coarser" if index else "compress")
+        for index, (name, nbytes) in enumerate(plans)
+    ]
+
+
+def _print_store(decision: StoreDecision, candidates: list[Candidate]) -> None:
+    chosen = decision.candidate
+    rows = []
+    for index, one in enumerate(candidates):
+        cost = decision.costs[index] if decision.costs else None
+        times = ("-", "-") if cost is None else (cost.onboard_s, cost.expected_s)
+        shown = (time if isinstance(time, str) else format_seconds(time) for time in times)
+        is_chosen = chosen is not None and chosen.encoder == one.encoder
+        tiers = ", ".join(one.tiers)
+        size = f"{format_bytes(one.token_bytes)}/token"
+        rows.append((one.encoder, size, tiers, *shown, decision.action if is_chosen else ""))
+    columns = ("stored with", "bytes", "in", "fastest tier", "expected", "decision")
+    print_table(make_table("What it would be stored with", columns, rows))
+    if chosen is None:
+        print_line("It is not stored: no tier gives it back faster than it is recomputed, or nothing may be.")
+
+
+def _plain_store(decision: StoreDecision, candidates: list[Candidate]) -> dict[str, Any]:
+    costs = decision.costs or (None,) * len(candidates)
+    return {
+        "action": decision.action,
+        "encoder": None if decision.candidate is None else decision.candidate.encoder,
+        "candidates": [
+            {
+                "encoder": one.encoder,
+                "token_bytes": one.token_bytes,
+                "tiers": list(one.tiers),
+                **({} if cost is None else {"onboard_s": cost.onboard_s, "expected_s": cost.expected_s}),
+            }
+            for one, cost in zip(candidates, costs, strict=True)
+        ],
+    }
+
+
 def _candidate(encoder: str, tier: str, blocks: int, policy: OffloadPolicy, costs: CostPolicy) -> _Candidate:
     nbytes = round((costs.speeds.token_bytes(encoder) or 0) * policy.tier_block_tokens)
-    pieces = [Piece(policy.tier_block_tokens, nbytes, tier)] * blocks
+    pieces = [Piece(policy.tier_block_tokens, nbytes, tier, encoder)] * blocks
     estimates = estimate_onboard(pieces, costs.speeds)
     decision = costs.prefix(pieces)
     action = decision.action if blocks else "skip"

@@ -262,7 +262,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("onboards_active", "Onboards under way.", _at("onboards_active")),
     _gauge(
         "guard_state",
-        "1 for the quality guard's state: off, ok, raised (a gentler plan), raw, stopped (nothing is stored).",
+        "1 for the quality guard's state: off, ok, raised (a gentler plan), raw, stopped (nothing stored).",
         _states("guard", "state", states=GUARD_STATES),
         "state",
     ),

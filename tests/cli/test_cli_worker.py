@@ -88,6 +88,18 @@ def test_explain_tells_costs_and_decision(url: str) -> None:
     assert "recompute" in table and "208 are left to the engine" in table
 
 
+def test_explain_tells_what_it_would_be_stored_with() -> None:
+    given = ("--prefill", "1000", "--decode", "1e5", "--read", "disk0=1e7", "--token-bytes", "raw=1e5")
+    plans = ("--token-bytes", "rd ratio=80=1250", "--token-bytes", "rd ratio=20=5000")
+    shown = json.loads(run("explain", "--tokens", "2000", *given, *plans, "--json"))["store"]
+    assert (shown["action"], shown["encoder"]) == ("coarser", "rd ratio=80")
+    assert [one["encoder"] for one in shown["candidates"]] == ["rd ratio=20", "rd ratio=80", "raw"]
+    assert shown["candidates"][0]["expected_s"] > shown["candidates"][1]["expected_s"]
+    assert "coarser" in run("explain", "--tokens", "2000", *given, *plans)
+    slow = run("explain", "--tokens", "2000", *given[:-3], "disk0=1e4", *plans)
+    assert "It is not stored" in slow
+
+
 def test_explain_works_without_a_worker_and_says_what_it_lacks() -> None:
     assert "shorter than minimum_tokens" in run("explain", "--tokens", "100")
     assert "Not known yet: prefill" in run("explain", "--tokens", "2000")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,7 +83,7 @@ def test_without_measurements_the_configured_plan_is_used() -> None:
 def test_a_tier_that_nothing_was_found_in_lately_keeps_a_small_share() -> None:
     known = Speeds()
     known.found(["host0", "host0"])
-    assert known.shares(TIERS) == {"host0": 0.95, "disk1": 0.05}
+    assert known.shares(TIERS) == pytest.approx({"host0": 0.95, "disk1": 0.05})
     assert Speeds().shares(TIERS) == {"host0": 0.5, "disk1": 0.5}
 
 
