@@ -18,8 +18,12 @@ BLOCK_R, BLOCK_K = 128, 64
 
 
 def token_block(gpu: GpuDevice, most_tokens: int) -> int:
-    """Return the tokens of a tile: up to 256, not many more than there are."""
-    return gpu.tile(most_tokens, 256 if most_tokens > 128 else 128 if most_tokens > 64 else 64)
+    """Return the tokens of a tile: not many more than there are, and 256 only if four steps can be loaded.
+
+    Those take 192 KiB, which Hopper has; before it, 256 would spill registers in the product's loop as well.
+    """
+    most = 256 if gpu.shared_bytes >= 192 << 10 else 128
+    return gpu.tile(most_tokens, min(most, 256 if most_tokens > 128 else 128 if most_tokens > 64 else 64))
 
 
 @triton.jit
