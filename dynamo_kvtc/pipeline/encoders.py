@@ -12,6 +12,7 @@ from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.fidelity import relative_error
 from dynamo_kvtc.codec.header import Profile
+from dynamo_kvtc.codec.mixed import MixedCodec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import KvtcError
@@ -105,8 +106,8 @@ class Encoders:
 
     @classmethod
     def single(cls, codec: KvCodec, name: str = "default") -> Encoders:
-        """Return one encoder without a guard."""
-        return cls([Encoder(name, codec)])
+        """Return one encoder without a guard: `codec`, or what it encodes with if it reads raw, too."""
+        return cls([Encoder(name, codec.coded if isinstance(codec, MixedCodec) else codec)])
 
     @property
     def current(self) -> Encoder:
