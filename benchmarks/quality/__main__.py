@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.quality import robustness
+from benchmarks.quality import packing, robustness
+from benchmarks.quality.artifacts import calibrated
 from benchmarks.quality.codecs import CODECS
-from benchmarks.quality.models import MODELS
+from benchmarks.quality.models import MODELS, model_spec
 from benchmarks.quality.plots import write_plots
 from benchmarks.quality.report import (
     compare_bytes,
@@ -25,8 +26,11 @@ from benchmarks.quality.report import (
 from benchmarks.quality.run import RunRequest, Step, run_model
 from benchmarks.quality.settings import FULL, QUICK
 from benchmarks.quality.summary import summarise
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks import TASKS, TextTask
+from dynamo_kvtc.calibration.artifact import load_artifact
+from dynamo_kvtc.calibration.models import load_model, resolve_model
 from dynamo_kvtc.cli.output import print_error, print_note, print_table, progress
+from dynamo_kvtc.codec.rd import RdCodec
 from dynamo_kvtc.errors import EvaluationError, KvtcError
 from dynamo_kvtc.evaluation.environment import describe_environment
 
@@ -172,6 +176,56 @@ def robustness_command(
     print_table(robustness.robustness_table(scores, compared, plan))
     print_note("in brackets: 95 % intervals over documents")
     print_note(f"written: {out / _RESULTS}")
+
+
+@app.command("packing")
+def packing_command(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(MODELS)}, a model folder or .gguf file.")
+    ] = "smollm2",
+    artifact: Annotated[
+        Path | None, typer.Option(help="A ready artifact of rd; by default the one that `run` uses.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of model and caches.")] = "float32",
+    per_domain: Annotated[int, typer.Option(help="Held-out documents of each domain.", min=1)] = 1,
+    context_tokens: Annotated[int, typer.Option(help="Tokens of a document.", min=256)] = 2048,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; its own choice by default.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+) -> None:
+    """Hold what the streams of rd take against the order-0 entropy of their symbols."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = resolve_model(model_spec(model))
+    with progress() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(stage: str, done: float, total: float) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        found_artifact = (
+            load_artifact(artifact)
+            if artifact
+            else calibrated(folder, "rd", dtype, FULL.calibration, lambda step: show(*step))
+        )
+        loaded = load_model(folder, dtype)
+        found_artifact.check_model(loaded.geometry, loaded.rope, loaded.fingerprint.weights_hash)
+        parameters = found_artifact.parameters
+        found = packing.measure_packing(
+            loaded,
+            [(ratio, RdCodec(parameters, ratio=ratio)) for ratio in sorted(parameters.ratios.values())],
+            TextTask(per_domain=per_domain, context_tokens=context_tokens).documents(loaded.tokenizer),
+            (64, 256, 1024),
+            lambda done, total: show("documents", done, total),
+        )
+    print_table(packing.packing_table(found))
+    if out:
+        settings = {"model": model, "dtype": dtype, "artifact": parameters.artifact_id.hex()}
+        rows = [{**asdict(one), "excess": one.excess} for one in found]
+        result = {"environment": describe_environment(), "settings": settings, "rows": rows}
+        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        print_note(f"written: {out}")
 
 
 def _names(text: str) -> list[str]:
