@@ -134,6 +134,7 @@ def robustness_command(
     model: Annotated[
         str, typer.Option(help=f"{', '.join(MODELS)}, a model folder or .gguf file.")
     ] = "smollm2",
+    short: Annotated[bool, typer.Option(help="Eight smaller calibrations: less than half an hour.")] = False,
     quick: Annotated[bool, typer.Option(help="Two small calibrations only.")] = False,
     dtype: Annotated[str, typer.Option(help="dtype of model and caches.")] = "float32",
     tier_block_tokens: Annotated[int, typer.Option(help="Tokens per stream.", min=16)] = 256,
@@ -147,7 +148,7 @@ def robustness_command(
     """Calibrate rd on less and more text, on single domains and on other draws, and compare the artifacts."""
     if threads is not None:
         torch.set_num_threads(threads)
-    plan = robustness.QUICK if quick else robustness.FULL
+    plan = robustness.QUICK if quick else robustness.SHORT if short else robustness.FULL
     _open_folder(out)
     scores = []
     with progress() as bar:
@@ -160,8 +161,8 @@ def robustness_command(
             write_score(out / _SCORES, score)
             scores.append(score)
     compared = robustness.compare(scores, plan)
-    settings = {"model": model, "quick": quick, "dtype": dtype, "tier_block_tokens": tier_block_tokens}
-    settings |= {"kl": plan.kl, "reference": plan.reference}
+    settings: dict[str, Any] = {"model": model, "dtype": dtype, "tier_block_tokens": tier_block_tokens}
+    settings |= {"kl": plan.kl, "reference": plan.reference, "calibration": asdict(plan.base)}
     write_results(
         out / _RESULTS,
         summarise(scores),
