@@ -92,11 +92,11 @@ def parse_arguments(
 
 
 def load_subject(arguments: argparse.Namespace) -> Subject:
-    """Load model and artifact and cut a held-out text to the length asked for."""
+    """Load an artifact and a model in its dtype, and cut a held-out text to the length asked for."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    loaded = load_model(arguments.model)
     artifact = load_artifact(arguments.artifact)
+    loaded = load_model(arguments.model, artifact.parameters.geometry.dtype)
     artifact.check_model(loaded.geometry, loaded.rope, loaded.fingerprint.weights_hash)
     text = HELDOUT_TEXTS[1].read_text(encoding="utf-8")[: 8 * arguments.tokens]
     token_ids = loaded.tokenizer(text, verbose=False)["input_ids"][: arguments.tokens]

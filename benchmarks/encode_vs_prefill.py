@@ -37,6 +37,7 @@ async def main() -> None:
             "tier_block_tokens": policy.tier_block_tokens,
             "stored_bytes": sum(len(stream) for stream in streams),
             "profile": subject.artifact.manifest.profile,
+            "dtype": subject.loaded.geometry.dtype,
             "layer_groups": len(codec.layer_groups),
         },
     )

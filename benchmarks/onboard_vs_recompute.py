@@ -87,6 +87,7 @@ async def main() -> None:
         {
             "stored_bytes": stored,
             "profile": subject.artifact.manifest.profile,
+            "dtype": subject.loaded.geometry.dtype,
             "layer_groups": layer_groups,
         },
     )

@@ -121,6 +121,7 @@ async def main() -> None:
             "stored_bytes": stored,
             "throttled_bytes_per_s": bytes_per_s,
             "profile": subject.artifact.manifest.profile,
+            "dtype": subject.loaded.geometry.dtype,
             "layer_groups": len(codec.layer_groups),
             "tier_blocks": len(streams),
         },

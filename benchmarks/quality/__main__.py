@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -35,6 +36,8 @@ from dynamo_kvtc.errors import EvaluationError, KvtcError
 from dynamo_kvtc.evaluation.environment import describe_environment
 
 _SCORES, _RUN, _RESULTS = "scores.jsonl", "run.json", "results.json"
+
+_Number = TypeVar("_Number", int, float)
 
 _DEFAULT_OUT = Path("quality-output")
 
@@ -188,6 +191,10 @@ def packing_command(
         Path | None, typer.Option(help="A ready artifact of rd; by default the one that `run` uses.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="dtype of model and caches.")] = "float32",
+    ratios: Annotated[str, typer.Option(help="Comma-separated nominal ratios; by default all plans.")] = "",
+    tier_block_tokens: Annotated[
+        str, typer.Option(help="Comma-separated tokens per stream.")
+    ] = "64,256,1024",
     per_domain: Annotated[int, typer.Option(help="Held-out documents of each domain.", min=1)] = 1,
     context_tokens: Annotated[int, typer.Option(help="Tokens of a document.", min=256)] = 2048,
     threads: Annotated[
@@ -196,6 +203,8 @@ def packing_command(
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
 ) -> None:
     """Hold what the streams of rd take against the order-0 entropy of their symbols."""
+    chosen = _numbers(ratios, float)
+    sizes = _numbers(tier_block_tokens, int)
     if threads is not None:
         torch.set_num_threads(threads)
     folder = resolve_model(model_spec(model))
@@ -215,9 +224,12 @@ def packing_command(
         parameters = found_artifact.parameters
         found = packing.measure_packing(
             loaded,
-            [(ratio, RdCodec(parameters, ratio=ratio)) for ratio in sorted(parameters.ratios.values())],
+            [
+                (ratio, RdCodec(parameters, ratio=ratio))
+                for ratio in chosen or sorted(parameters.ratios.values())
+            ],
             TextTask(per_domain=per_domain, context_tokens=context_tokens).documents(loaded.tokenizer),
-            (64, 256, 1024),
+            sizes,
             lambda done, total: show("documents", done, total),
         )
     print_table(packing.packing_table(found))
@@ -231,6 +243,13 @@ def packing_command(
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str, number: Callable[[str], _Number]) -> list[_Number]:
+    try:
+        return [number(name) for name in _names(text)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers") from None
 
 
 def _artifacts(options: Any) -> dict[str, list[Path]]:

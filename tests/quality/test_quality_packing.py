@@ -25,6 +25,7 @@ from dynamo_kvtc.codec.header import SectionKind, header_size
 from dynamo_kvtc.codec.rd import RdCodec
 from dynamo_kvtc.codec.rd_packing import RdLayout, unpack
 from dynamo_kvtc.data import CALIBRATION_TEXTS
+from dynamo_kvtc.errors import ArtifactMismatchError
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +87,9 @@ def test_command_measures_every_plan_with_every_size_of_blocks(
     out = tmp_path / "packing.json"
     arguments = ["packing", "--model", str(byte_model_folder), "--artifact", str(byte_rd_artifact.folder)]
     arguments += ["--context-tokens", "400", "--out", str(out)]
+    with pytest.raises(ArtifactMismatchError, match="it has 4"):
+        CliRunner().invoke(app, [*arguments, "--ratios", "5"], catch_exceptions=False)
+    assert "not a list" in CliRunner().invoke(app, [*arguments, "--ratios", "five"]).output
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "4x" in result.stdout
