@@ -106,7 +106,7 @@ def calibration_settings(out: Path, profile: str, short: bool) -> CalibrationSet
         profile=profile,
         tokens=20_480,
         # Three groups, so that the transfer of one can overlap the decoding of another, and seconds to fit
-        # each. One basis for all layers, which calibrate takes for rd, stores less at the same quality.
+        # each. More layers a group, as calibrate takes for rd, store less at the same quality.
         layers_per_group=10,
         sensitivity_documents=6,
         validation_documents=1,
