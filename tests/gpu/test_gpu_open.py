@@ -31,7 +31,9 @@ def config(folder: Path, **codec: Any) -> Config:
             "codec": codec,
             "tiers": [{"kind": "host", "capacity": "1MiB"}],
             "policy": {"tier_block_tokens": 32, "recent_window": 0, "minimum_tokens": 0, "decide": "always"},
-            "transfer": {"staging": "2MiB"},
+            # Room for Triton's interpreter on a busy machine.
+            "transfer": {"staging": "2MiB", "timeout": "10min"},
+            "pipeline": {"onboard_timeout": "10min"},
         }
     )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
-from rig import GEOMETRY, PARAMETERS, POLICY, Rig, open_rig
+import rig as rigs
+from rig import GEOMETRY, PARAMETERS, POLICY, Rig
 from synthetic import make_block, make_parameters, make_rd_parameters
 
 from dynamo_kvtc.codec.geometry import LayerRange
@@ -38,6 +41,12 @@ from dynamo_kvtc.tiers.base import ReadRequest
 TOLERANCE = 0.01
 
 STEP = POLICY.tier_block_tokens
+
+
+def open_rig(folder: Path, *, units: int = 12, **options: Any) -> AbstractAsyncContextManager[Rig]:
+    """Open a rig whose deadlines leave room for Triton's interpreter on a busy machine."""
+    settings = OnboardSettings(timeout_s=600, units=units)
+    return rigs.open_rig(folder, onboard=settings, store_timeout_s=600, **options)
 
 
 def host_codec(parameters: AnyParameters = PARAMETERS) -> TransformCodec:
@@ -124,9 +133,8 @@ async def test_each_side_onboards_what_either_has_offloaded(
 
 
 async def test_every_layer_is_told_of_when_it_is_in_place(tmp_path: Path, gpu: GpuDevice) -> None:
-    settings = OnboardSettings(units=4)
     async with open_rig(
-        tmp_path, codec=host_codec(), device_codec=GpuCodec(host_codec(), gpu), onboard=settings
+        tmp_path, units=4, codec=host_codec(), device_codec=GpuCodec(host_codec(), gpu)
     ) as rig:
         rig.source, rig.destination = on_device(rig.source, gpu), on_device(rig.destination, gpu)
         blocks = rig.sequence(4 * STEP)
