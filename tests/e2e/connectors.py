@@ -100,3 +100,25 @@ def offloading(config: Path) -> Connector:
             "secondary_tiers": [tier],
         },
     }
+
+
+#: `KvtcOffloadingSpec` needs scheduler and worker in one process, as they are on a GPU; on a CPU vLLM parts
+#: them unless this says otherwise.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def offloading_spec(config: Path) -> Connector:
+    """Return vLLM's native offloading with our spec, which needs `ONE_PROCESS`."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "KvtcOffloadingSpec",
+            "spec_module_path": "dynamo_kvtc.adapters.vllm_offloading",
+            "config": str(config),
+            "block_size": TIER_BLOCK,
+            "load_buffer": "256MiB",
+            "self_describing_kv_events": True,
+        },
+    }

@@ -68,6 +68,8 @@ class Worker:
         ``agg``, ``prefill`` or ``decode``.
     prefix_caching : bool
         Of vLLM; without it Dynamo publishes no KV events.
+    environment : dict
+        Added to the deployment's.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Worker:
         dtype: str = "bfloat16",
         prefix_caching: bool = True,
         arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.name, self.system_port = name, free_port()
         command = [sys.executable, "-m", "dynamo.vllm", "--model", str(deployment.model)]
@@ -103,7 +106,7 @@ class Worker:
             "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("E2E_CORES") or deployment.next_core(),
         }
         log = deployment.folder / f"{name}.log"
-        self.process = Managed(name, command, deployment.environment | own, log)
+        self.process = Managed(name, command, deployment.environment | own | (environment or {}), log)
         deployment.own(self.process)
 
     def wait_ready(self) -> None:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from answers import assert_same, whole_tier_blocks
-from connectors import kvtc, wait_until_stored, write_config
+from connectors import (
+    ONE_PROCESS,
+    Connector,
+    kvtc,
+    offloading,
+    offloading_spec,
+    wait_until_stored,
+    write_config,
+)
 from conversations import first_turn, next_turn
 
 
-@pytest.mark.e2e_ci
-def test_a_conversation_goes_on_after_its_worker_was_killed(deploy, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ours", "environment"),
+    [
+        pytest.param(kvtc, {}, marks=pytest.mark.e2e_ci, id="kvtc"),
+        pytest.param(offloading, {}, id="offloading-tier"),
+        pytest.param(offloading_spec, ONE_PROCESS, id="offloading-spec"),
+    ],
+)
+def test_a_conversation_goes_on_after_its_worker_was_killed(
+    deploy, tmp_path: Path, ours: Callable[[Path], Connector], environment: dict[str, str]
+) -> None:
     """The next worker serves the document from the disk tier, and says what the first one would have said."""
-    transfer = kvtc(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
+    transfer = ours(write_config(tmp_path / "kvtc.yaml", tmp_path / "tier"))
     deployment = deploy()
-    worker = deployment.worker("first", kv_transfer=transfer, dtype="float32")
+    settings = {"kv_transfer": transfer, "dtype": "float32", "environment": environment}
+    worker = deployment.worker("first", **settings)
     messages = first_turn(0)
     first = deployment.chat(messages)
     assert worker.counters().prompt_tokens().computed == first.prompt_tokens
@@ -24,7 +43,7 @@ def test_a_conversation_goes_on_after_its_worker_was_killed(deploy, tmp_path: Pa
 
     wait_until_stored(tmp_path / "tier", whole_tier_blocks(first.prompt_tokens), element_bytes=4)
     worker.kill()
-    worker = deployment.worker("second", kv_transfer=transfer, dtype="float32")
+    worker = deployment.worker("second", **settings)
     answer = deployment.chat(messages)
     sources = worker.counters().prompt_tokens()
     assert sources.external == answer.cached_tokens == whole_tier_blocks(first.prompt_tokens)

@@ -174,7 +174,11 @@ def test_a_worker_with_its_tier_is_killed_while_requests_run(deploy, tmp_path: P
     deployment.wait_ready(*workers.values())
     deployment.frontend.wait_for_workers(2, timeout_s=120)
     prompts = [first_turn(index) for index in range(DOCUMENTS)]
-    expected = [deployment.chat(messages) for messages in prompts]
+    with ThreadPoolExecutor(DOCUMENTS) as pool:  # at once, so that both workers get some
+        expected = list(pool.map(deployment.chat, prompts))
+    assert workers["first"].counters().prompt_tokens().computed
+    stored = min(whole_tier_blocks(answer.prompt_tokens) for answer in expected)
+    wait_until_stored(tmp_path / "tier-first", stored, element_bytes=4)
     with ThreadPoolExecutor(DOCUMENTS) as pool:
         running = [pool.submit(deployment.chat, messages) for messages in prompts]
         workers["first"].kill()
@@ -189,4 +193,4 @@ def test_a_worker_with_its_tier_is_killed_while_requests_run(deploy, tmp_path: P
     )
     for messages, answer in zip(prompts, expected, strict=True):
         assert_same(deployment.chat(messages), answer)
-    print(again.counters().prompt_tokens())
+    assert again.counters().prompt_tokens().external >= stored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from offloading_host import (
 )
 from vllm.v1.kv_offload.base import CanonicalKVCaches, LookupResult
 
-from dynamo_kvtc.adapters.vllm_offloading import KvtcOffloadingSpec
+from dynamo_kvtc.adapters.vllm_offloading import KvtcOffloadingSpec, idle
 from dynamo_kvtc.errors import ConfigError, LayoutError
 from dynamo_kvtc.policy import OffloadPolicy
 
@@ -130,6 +131,37 @@ def test_the_buffer_bounds_what_is_promised(tmp_path: Path) -> None:
         host.manager.on_request_finished(second)
         third, _ = host.request("text/4", 5)
         assert host.lookup(third, keys[3:]) == 2  # nobody counts on the others any more
+
+
+def test_steps_are_held_back_while_every_request_waits_for_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_host(config(tmp_path)) as host:
+        context, keys = host.request("text/1", 3)
+        host.store(context, keys)
+        stored(host, keys)
+        host.manager.on_request_finished(context)
+        held: list[float] = []
+        monkeypatch.setattr(idle, "time", SimpleNamespace(sleep=held.append))
+
+        def held_back() -> bool:
+            held.clear()
+            host.step()
+            return bool(held)
+
+        assert not held_back()  # no requests
+        waiting, keys = host.request("text/2", 3)
+        assert host.manager.lookup(keys[0], waiting) is LookupResult.HIT_PENDING
+        assert held_back()
+        assert not held_back()  # it was not asked for in this step: the request runs, or is gone
+        assert host.lookup(waiting, keys) == 3
+        host.manager.prepare_load(keys, waiting)
+        assert held_back()
+        running, _ = host.request("other text", 1)
+        assert not held_back()
+        host.manager.on_request_finished(running)
+        host.manager.complete_load(keys, waiting)
+        assert not held_back()
 
 
 def test_reset_forgets_everything(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from vllm.v1.kv_offload.config import OffloadingParallelConfig
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from dynamo_kvtc.adapters.vllm.layouts import cpu_writer
+from dynamo_kvtc.adapters.vllm_offloading import idle
 from dynamo_kvtc.errors import ConfigError, LayoutError, TransferTimeoutError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 
@@ -240,6 +242,35 @@ def test_a_tier_that_hangs_does_not_hold_up_the_scheduler(tmp_path: Path) -> Non
         held.signal.set()
         host.settle()
         assert host.tier._store.refused_jobs > 0 or host.tier._adapter.counters.snapshot().dropped_blocks
+
+
+def test_steps_are_held_back_while_every_request_waits_for_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_host(config(tmp_path)) as host:
+        context, keys = host.request("text/1", 3)
+        host.store(context, keys)
+        host.settle()
+        host.forget_primary()
+        host.manager.on_request_finished(context)
+        held: list[float] = []
+        monkeypatch.setattr(idle, "time", SimpleNamespace(sleep=held.append))
+        host.step()
+        assert not held  # no requests
+        waiting, keys = host.request("text/2", 3)
+        assert host.manager.lookup(keys[0], waiting) is LookupResult.HIT_PENDING
+        host.step()
+        assert held
+        assert host.lookup(waiting, keys) == 3
+        held.clear()
+        host.step()
+        assert not held  # all is in place
+        host.forget_primary()
+        running, _ = host.request("other text", 1)
+        assert host.manager.lookup(keys[0], waiting) is LookupResult.HIT_PENDING
+        host.settle()
+        assert not held
+        host.manager.on_request_finished(running)
 
 
 def test_shutdown_with_jobs_in_work_lets_go_of_the_memory(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.base import (
 )
 
 from dynamo_kvtc.adapters.vllm_offloading.announced import Announced
+from dynamo_kvtc.adapters.vllm_offloading.idle import hold_idle_step
 from dynamo_kvtc.adapters.vllm_offloading.keys import KeyReader
 from dynamo_kvtc.adapters.vllm_offloading.metrics import TierMetrics
 from dynamo_kvtc.adapters.vllm_offloading.shared import SharedTiers
@@ -49,7 +50,7 @@ class _Staged:
 
 
 class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped where vLLM is not installed
-    """Answers vLLM's scheduler. No method but `reset_cache` and `shutdown` waits.
+    """Answers vLLM's scheduler. No method but `reset_cache` and `shutdown` waits for anything.
 
     Parameters
     ----------
@@ -75,6 +76,9 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         #: Per request: chunks that failed, and chunks of the buffer that it counts on.
         self._unservable: dict[str, set[OffloadKey]] = {}
         self._counted_on: dict[str, set[OffloadKey]] = {}
+        #: Requests that wait: for the buffer in this step, for copies out of it.
+        self._awaiting: set[str] = set()
+        self._loading: set[str] = set()
         self._announced = Announced(self._event) if events else None
 
     # --- requests ----------------------------------------------------------------------------------
@@ -91,6 +95,7 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Let the chunks that a request counted on be forgotten."""
         self._unservable.pop(req_context.req_id, None)
+        self._loading.discard(req_context.req_id)
         for key in self._counted_on.pop(req_context.req_id, ()):
             if (staged := self._staged.get(key)) is not None:
                 staged.requests.discard(req_context.req_id)
@@ -101,6 +106,8 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         """Promise a chunk that is in the buffer; begin to fetch one that is stored."""
         self._collect()
         result = self._look_up(key, req_context)
+        if result is LookupResult.HIT_PENDING:
+            self._awaiting.add(req_context.req_id)
         # A chunk that is awaited is asked for in every step; it counts once it is decided.
         if result is not LookupResult.HIT_PENDING:
             self._metrics.looked_up(result is LookupResult.HIT)
@@ -157,10 +164,12 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
             staged = self._staged[key]
             staged.loads += 1
             chunks.append(staged.chunk)
+        self._loading.add(req_context.req_id)
         return KvtcLoadStoreSpec(chunks)
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Undo `prepare_load`."""
+        self._loading.discard(req_context.req_id)
         for key in keys:
             if (staged := self._staged.get(key)) is not None:
                 staged.loads -= 1
@@ -212,6 +221,8 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         self._settle()
         if self._announced is not None:
             self._announced.check(lambda key: self._store.holds(get_offload_block_hash(key)))
+        hold_idle_step(self._unservable, self._awaiting | self._loading)
+        self._awaiting.clear()
 
     def _settle(self) -> None:
         arrived = [key for key in self._settling if self._store.holds(get_offload_block_hash(key))]
@@ -244,6 +255,8 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         self._store.drain(120.0)
         self._collect()
         self._to_load.clear()
+        self._awaiting.clear()
+        self._loading.clear()
         self._staged.clear()
         self._free = list(range(self._shared.slots))
         self._storing.clear()

@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from dynamo_kvtc.adapters.vllm_offloading.announced import Announced
+from dynamo_kvtc.adapters.vllm_offloading.idle import hold_idle_step
 from dynamo_kvtc.adapters.vllm_offloading.keys import KeyReader
 from dynamo_kvtc.adapters.vllm_offloading.metrics import TierMetrics, metric_definitions
 from dynamo_kvtc.adapters.vllm_offloading.settings import (
@@ -226,9 +227,11 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where vLL
     # --- what vLLM collects ------------------------------------------------------------------------
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Notice which announced chunks the tiers have evicted, a few at a time."""
+        """Notice which announced chunks the tiers have evicted, a few at a time; hold back idle steps."""
         if self._announced is not None:
             self._announced.check(lambda key: self._store.holds(get_offload_block_hash(key)))
+        promoted = {job.req_context.req_id for job in self._vllm_jobs.values() if job.is_promotion}
+        hold_idle_step(self._unservable, promoted)
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return what was stored and what is gone since the last call."""
