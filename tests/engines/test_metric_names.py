@@ -1,6 +1,6 @@
 """What each host says on vLLM's port is what our own endpoint says, and all that dashboard and alerts use.
 
-Light: vLLM's registries and managers, no engine. `test_vllm_watched.py` has a whole one.
+Light: vLLM's registries and managers, no engine.
 """
 
 from __future__ import annotations
