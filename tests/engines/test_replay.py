@@ -14,6 +14,8 @@ from dynamo_kvtc.calibration.artifact import load_artifact
 from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, resolve_model
 from dynamo_kvtc.data import HELDOUT_TEXTS
 
+pytest.importorskip("vllm", reason="needs an environment with vLLM (make engine)")
+
 
 def test_a_restarted_engine_is_served_by_its_disk_tier(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
