@@ -26,12 +26,15 @@ class SequenceBlocks:
         Tenant or request salt; sequences with different salts never share a tier block.
     first_block : int
         Index in the sequence of the run's first block, where a tier block begins.
+    priority : int
+        The request's; lower comes sooner and is kept for longer (`dynamo_kvtc.policy.priorities`).
     """
 
     hashes: Sequence[bytes]
     block_ids: Sequence[int]
     salt: bytes = b""
     first_block: int = 0
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if len(self.hashes) != len(self.block_ids):
@@ -42,12 +45,16 @@ class SequenceBlocks:
 
 @dataclass(frozen=True, slots=True)
 class TierBlockRef:
-    """One tier block of a sequence: its key, its place in the sequence, its blocks in the paged cache."""
+    """One tier block of a sequence: its key, its place in the sequence, its blocks in the paged cache.
+
+    ``priority`` is that of the request which offloads or onboards it.
+    """
 
     key: TierKey
     first_position: int
     num_tokens: int
     block_ids: tuple[int, ...]
+    priority: int = 0
 
 
 def tier_keys(
@@ -79,6 +86,7 @@ def split_tier_blocks(
             first_position=first_position + index * tier_block_tokens,
             num_tokens=tier_block_tokens,
             block_ids=tuple(blocks.block_ids[index * step : (index + 1) * step]),
+            priority=blocks.priority,
         )
         for index, key in enumerate(keys)
     ]

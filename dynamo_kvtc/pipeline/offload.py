@@ -32,6 +32,7 @@ from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
+from dynamo_kvtc.policy.priorities import times_spared
 from dynamo_kvtc.tiers.base import TierKey
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.staging import StagingPool
@@ -206,6 +207,8 @@ class Offloader:
             Into how many leading tiers they go; None: all.
         """
         chosen = encoder or self._encoders.current
+        for ref in refs:
+            self._prefer(ref)
         wanted = [ref for ref in refs if ref.key not in self._keys and self._tiers.size_of(ref.key) is None]
         room = 0 if self._closed else max(0, self._queue_limit - len(self._queue))
         accepted = wanted[:room]
@@ -354,7 +357,13 @@ class Offloader:
             except Exception as error:
                 self._drop([item.job], error)
             else:
+                self._prefer(item.job.ref)
                 self._finish_stored(item.job, stream.nbytes if written else 0)
+
+    def _prefer(self, ref: TierBlockRef) -> None:
+        """Keep what a request of high priority stores, or finds stored, for longer."""
+        if times := times_spared(ref.priority):
+            self._tiers.prefer([ref.key], times)
 
     def _finish_stored(self, job: _Job, stored_bytes: int) -> None:
         result = job.ticket.result

@@ -41,10 +41,13 @@ from dynamo_kvtc.pipeline.boundary import Boundaries
 from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.landing import Landing
+from dynamo_kvtc.pipeline.onboard_settings import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_all, run_to_end
+from dynamo_kvtc.pipeline.turns import Turns
 from dynamo_kvtc.pipeline.units import Unit, cut_units
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
+from dynamo_kvtc.policy.priorities import times_spared
 from dynamo_kvtc.tiers.base import ReadRequest
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.memory import MemorySpan
@@ -53,30 +56,6 @@ from dynamo_kvtc.transfer.staging import StagingPool
 __all__ = ["OnboardSettings", "Onboarder"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class OnboardSettings:
-    """How an onboard is cut and bounded.
-
-    Attributes
-    ----------
-    timeout_s : float
-        Deadline of the whole onboard; when it passes, the engine recomputes.
-    units : int
-        Into about how many units a request is cut. More units overlap better, fewer have larger
-        matrix products.
-    transfers_in_flight : int
-        Units whose bytes may be on their way or waiting for decoding; bounds the staging memory used.
-    open_bytes : int
-        How much KV, by its full size, may be open before it is projected. More lets the first layers of a
-        group finish earlier; the memory taken is a fraction of it (the stored share of the components).
-    """
-
-    timeout_s: float = 30.0
-    units: int = 12
-    transfers_in_flight: int = 3
-    open_bytes: int = 512 << 20
 
 
 @dataclass(slots=True)
@@ -95,7 +74,7 @@ _UnitQueue = asyncio.Queue[tuple[Unit, list[memoryview], AsyncExitStack] | None]
 
 
 class Onboarder:
-    """Runs onboards. Lives on one event loop; holds no state between requests.
+    """Runs onboards, by priority where many wait. Lives on one event loop.
 
     Parameters
     ----------
@@ -127,6 +106,7 @@ class Onboarder:
         self._tiers, self._staging = tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._settings = settings or OnboardSettings()
+        self._turns = Turns(self._settings.at_once)
         self.speeds = Speeds() if speeds is None else speeds
 
     def start(self, refs: Sequence[TierBlockRef], destination: PagedKvCache) -> OnboardHandle:
@@ -150,6 +130,7 @@ class _Request:
         self._codec, self._tiers, self._staging = owner._codec, owner._tiers, owner._staging
         self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
         self._settings, self._speeds, self._encoders = owner._settings, owner.speeds, owner._encoders
+        self._turns, self._priority = owner._turns, refs[0].priority if refs else 0
         self._boundary = owner._boundaries.of(destination)
         self._after = destination.fenced
         self._landing = Landing(owner._executor)
@@ -166,7 +147,7 @@ class _Request:
         self._read_until = time.monotonic() + _READ_SHARE * self._settings.timeout_s
         pinned = self._tiers.pin(ref.key for ref in self._refs)
         try:
-            await asyncio.wait_for(self._load(), self._settings.timeout_s)
+            await asyncio.wait_for(self._in_turn(), self._settings.timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
             limit = f"{self._settings.timeout_s:g} s"
             self._fail_from(0, TransferTimeoutError(f"onboarding did not finish within {limit}"))
@@ -184,7 +165,10 @@ class _Request:
             # Only the codec can see this damage. Dropped, the tier block can be offloaded again.
             with suppress(TierClosedError):
                 await self._tiers.evict([self._refs[self._sound].key])
-        self._tiers.promote(ref.key for ref in self._refs[: self._sound])
+        loaded = [ref.key for ref in self._refs[: self._sound]]
+        if times := times_spared(self._priority):
+            self._tiers.prefer(loaded, times)
+        self._tiers.promote(loaded)
 
     def finish(self, task: asyncio.Task[None]) -> None:
         """Tell everybody who waits how the request ended, even if it was cancelled before it began."""
@@ -199,9 +183,12 @@ class _Request:
         ended.count(self._counters, self._speeds, self._codec.geometry.token_bytes)
         self._handle._finish(self._error())
 
+    async def _in_turn(self) -> None:
+        if self._refs:
+            async with self._turns.take(self._priority):
+                await self._load()
+
     async def _load(self) -> None:
-        if not self._refs:
-            return
         await self._read_headers()
         units = cut_units(
             self._headers,

@@ -194,6 +194,12 @@ class Tier(ABC):
     def unpin(self, keys: Iterable[TierKey]) -> None:
         """Undo `pin`."""
 
+    def prefer(self, keys: Iterable[TierKey], times: int) -> None:  # noqa: B027  # optional
+        """Let eviction pass over stored objects so many times before they go; others of them are ignored.
+
+        Counted anew by every call. A tier that does not evict by itself, as by default, ignores all.
+        """
+
     @abstractmethod
     async def evict(self, keys: Iterable[TierKey]) -> int:
         """Drop objects (pinned or being read ones stay); returns how many went."""

@@ -312,6 +312,11 @@ class EncryptedTier(Tier):
                 if not names:
                     del self._pins[key]
 
+    def prefer(self, keys: Iterable[TierKey], times: int) -> None:
+        """See `Tier.prefer`."""
+        names = (self._find(key) for key in keys)
+        self.inner.prefer([name for name in names if name is not None], times)
+
     async def evict(self, keys: Iterable[TierKey]) -> int:
         """See `Tier.evict`."""
         names = {

@@ -50,6 +50,7 @@ class ObjectIndex:
         self._offsets = array("Q", [0])
         self._sizes = array("Q", [0])
         self._checksums = array("Q", [0])
+        self._spared = array("B", [0])
         self._previous = array("I", [_SENTINEL])
         self._next = array("I", [_SENTINEL])
         self._free_slots = array("I")
@@ -88,6 +89,7 @@ class ObjectIndex:
             self._offsets[slot] = location.offset
             self._sizes[slot] = location.nbytes
             self._checksums[slot] = location.checksum
+            self._spared[slot] = 0
         else:
             slot = len(self._keys)
             self._keys.append(key)
@@ -95,6 +97,7 @@ class ObjectIndex:
             self._offsets.append(location.offset)
             self._sizes.append(location.nbytes)
             self._checksums.append(location.checksum)
+            self._spared.append(0)
             self._previous.append(_SENTINEL)
             self._next.append(_SENTINEL)
         self._slots[key] = slot
@@ -139,6 +142,19 @@ class ObjectIndex:
             self._unlink(slot)
             self._link_last(slot)
         return len(slots)
+
+    def prefer(self, key: TierKey, times: int) -> None:
+        """Let `spare` save an object so many times (0 to 255), whatever it was before."""
+        self._spared[self._slots[key]] = times
+
+    def spare(self, key: TierKey) -> bool:
+        """Touch an object that is preferred and count it once less; returns False for all others."""
+        slot = self._slots[key]
+        if not self._spared[slot]:
+            return False
+        self._spared[slot] -= 1
+        self.touch(key)
+        return True
 
     def oldest_first(self) -> Iterator[TierKey]:
         """Iterate over the keys, least recently used first; the key just given may be removed."""

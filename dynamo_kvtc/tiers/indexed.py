@@ -70,11 +70,20 @@ class IndexedTier(Tier):
         """Return the bytes allocated, and the largest object that would fit without evicting."""
 
     def _evict_one(self) -> bool:
-        """Evict the least recently used object that may go; returns whether there was one."""
-        for key in self._index.oldest_first():
-            if self._may_evict(key):
-                self._evict(key)
-                return True
+        """Evict the least recently used object that may go; returns whether there was one.
+
+        Objects that are preferred count as used when their turn comes, a bounded number of times.
+        """
+        spared = True
+        while spared:
+            spared = False
+            for key in self._index.oldest_first():
+                if not self._may_evict(key):
+                    continue
+                if not self._index.spare(key):
+                    self._evict(key)
+                    return True
+                spared = True
         return False
 
     def _may_evict(self, key: TierKey) -> bool:
@@ -215,6 +224,12 @@ class IndexedTier(Tier):
                 self._pins[key] -= 1
             else:
                 del self._pins[key]
+
+    def prefer(self, keys: Iterable[TierKey], times: int) -> None:
+        """Let eviction pass over objects; see `Tier.prefer`."""
+        for key in keys:
+            if key in self._index:
+                self._index.prefer(key, times)
 
     async def evict(self, keys: Iterable[TierKey]) -> int:
         """Drop objects; pinned ones and those being read stay."""

@@ -275,6 +275,10 @@ class SharedDiskTier(Tier):
             if not self._peers.let_go(key):
                 self._own.unpin([key])
 
+    def prefer(self, keys: Iterable[TierKey], times: int) -> None:
+        """Let eviction pass over objects of this worker; those of others are theirs to evict."""
+        self._own.prefer(keys, times)
+
     async def evict(self, keys: Iterable[TierKey]) -> int:
         """Drop this worker's objects, and see those of others no more; returns how many went from sight."""
         self._own._check_usable()

@@ -346,6 +346,11 @@ class TierStack:
             if not pins:
                 del self._pins[key]
 
+    def prefer(self, keys: Sequence[TierKey], times: int) -> None:
+        """Let eviction pass over objects so many times, in every tier that has them; see `Tier.prefer`."""
+        for tier in self.tiers:
+            tier.prefer(keys, times)
+
     async def evict(self, keys: Sequence[TierKey]) -> int:
         """Drop objects from every tier (pinned or being read ones stay); returns how many copies went.
 

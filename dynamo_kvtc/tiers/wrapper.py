@@ -41,6 +41,10 @@ class TierWrapper(Tier):
         """See `Tier.unpin`."""
         self.inner.unpin(keys)
 
+    def prefer(self, keys: Iterable[TierKey], times: int) -> None:
+        """See `Tier.prefer`."""
+        self.inner.prefer(keys, times)
+
     async def evict(self, keys: Iterable[TierKey]) -> int:
         """See `Tier.evict`."""
         return await self.inner.evict(keys)

@@ -47,6 +47,31 @@ def test_agrees_with_an_ordered_dict(steps: list[tuple[str, int]]) -> None:
             assert index.size_of(key(n)) == (model[key(n)].nbytes if key(n) in model else None)
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=12))
+def test_what_is_preferred_is_spared_as_often_as_was_said(asked: list[tuple[int, int]]) -> None:
+    """Against a plain queue whose entries carry how often they may go to its end instead."""
+    index, model = ObjectIndex(), OrderedDict[bytes, int]()
+    for number in range(6):
+        index.add(key(number), Location(0, 0, 1))
+        model[key(number)] = 0
+    for number, times in asked:
+        index.prefer(key(number), times)
+        model[key(number)] = times
+    while model:
+        oldest = next(index.oldest_first())
+        assert oldest == next(iter(model))
+        assert index.spare(oldest) is (model[oldest] > 0)
+        if model[oldest]:
+            model[oldest] -= 1
+            model.move_to_end(oldest)
+        else:
+            index.remove(oldest)
+            del model[oldest]
+    # A slot that is used again does not inherit anything.
+    index.add(key(0), Location(0, 0, 1))
+    assert not index.spare(key(0))
+
+
 def test_what_is_removed_while_iterating_is_not_missed() -> None:
     index = ObjectIndex()
     for number in range(5):

@@ -31,6 +31,7 @@ class LoadJob:
     block_ids: tuple[int, ...]
     salt: bytes
     layerwise: bool
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class SaveJob:
     block_ids: tuple[int, ...]
     salt: bytes
     num_tokens: int
+    priority: int = 0
 
 
 @dataclass

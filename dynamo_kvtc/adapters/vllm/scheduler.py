@@ -123,7 +123,15 @@ class KvtcScheduler:
         local, loaded = tracked.local_tokens // block_size, stop // block_size
         block_ids = tuple(table[block] if local <= block < loaded else -1 for block in range(first, last))
         hashes = tuple(request.block_hashes[first:last])
-        job = LoadJob(request.request_id, first, hashes, block_ids, tracked.salt, self._settings.layerwise)
+        job = LoadJob(
+            request.request_id,
+            first,
+            hashes,
+            block_ids,
+            tracked.salt,
+            self._settings.layerwise,
+            request.priority,
+        )
         self._loads.append(job)
         tracked.loading = frozenset(block for block in block_ids if block >= 0)
         tracked.is_loading_async = not self._settings.layerwise
@@ -196,6 +204,7 @@ class KvtcScheduler:
             tuple(tables[0][first:last]),
             tracked.salt,
             request.num_tokens,
+            request.priority,
         )
 
     # --- what comes back ---------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class KvtcWorker:
             load = _Load(job, None)
             try:
                 load.onboard = adapter.onboard(
-                    SequenceBlocks(job.hashes, job.block_ids, job.salt, job.first_block), cache
+                    SequenceBlocks(job.hashes, job.block_ids, job.salt, job.first_block, job.priority), cache
                 )
             except KvtcError as error:
                 _log.warning("a load could not begin: %s", error)
@@ -245,7 +245,7 @@ class KvtcWorker:
             self._save(adapter, cache, job)
 
     def _save(self, adapter: ThreadedTierAdapter, cache: PagedKvCache, job: SaveJob) -> None:
-        blocks = SequenceBlocks(job.hashes, job.block_ids, job.salt, job.first_block)
+        blocks = SequenceBlocks(job.hashes, job.block_ids, job.salt, job.first_block, job.priority)
         try:
             ticket = adapter.offload(blocks, cache, num_tokens=job.num_tokens)
         except KvtcError as error:
