@@ -255,6 +255,54 @@ def test_workers_of_a_node_may_share_its_folder(tmp_path: Path) -> None:
     assert "affinity" not in worker["podTemplate"]["spec"]
 
 
+def test_the_disk_is_encrypted_with_the_keys_of_a_secret(tmp_path: Path) -> None:
+    encryption = {"secret": "kv-keys", "keys": ["new", "2026-11-01"]}
+    values = changed(SETS["disaggregated"], "security.encryption", encryption)
+    config, problems = check_config(config_file(values, tmp_path), {})
+    assert problems == [] and config is not None
+    host, disk = config.tiers
+    assert host.encryption is None and disk.encryption is not None
+    files = {key.id: str(key.file) for key in disk.encryption.keys}
+    assert files == {name: f"/etc/dynamo-kvtc-keys/{name}" for name in encryption["keys"]}
+    mounted = {}
+    for component in only("DynamoGraphDeployment", values)["spec"]["components"]:
+        pod = component["podTemplate"]["spec"]
+        volumes = [one["secret"] for one in pod.get("volumes", []) if one["name"] == "keys"]
+        mounts = [
+            (container["name"], mount["mountPath"], mount["readOnly"])
+            for container in (*pod.get("initContainers", []), *pod["containers"])
+            for mount in container.get("volumeMounts", [])
+            if mount["name"] == "keys"
+        ]
+        mounted[component["type"]] = (volumes, mounts)
+    (secret,), mounts = mounted.pop("prefill")
+    assert mounts == [("main", "/etc/dynamo-kvtc-keys", True)]
+    assert secret["secretName"] == "kv-keys" and secret["defaultMode"] == 0o440
+    assert [item["path"] for item in secret["items"]] == encryption["keys"]
+    # Nobody else gets them.
+    assert set(mounted) == {"frontend", "decode"}
+    assert all(found == ([], []) for found in mounted.values())
+    open_pod = changed(values, "podSecurityContext", {"fsGroup": None})
+    pods = only("DynamoGraphDeployment", open_pod)["spec"]["components"]
+    volumes = [one for pod in pods for one in pod["podTemplate"]["spec"].get("volumes", [])]
+    assert [one["secret"]["defaultMode"] for one in volumes if one["name"] == "keys"] == [0o444]
+
+
+@pytest.mark.parametrize(
+    ("encryption", "disk", "message"),
+    [
+        ({"secret": "kv-keys", "keys": []}, True, "security.encryption.keys is empty"),
+        ({"secret": "kv-keys", "keys": ["a"]}, False, "security.encryption is of the disk tier"),
+    ],
+)
+def test_encryption_that_encrypts_nothing_is_refused(
+    encryption: dict[str, Any], disk: bool, message: str
+) -> None:
+    values = changed(changed({}, "security.encryption", encryption), "tiers.disk.enabled", disk)
+    with pytest.raises(Exception, match=re.escape(message)):
+        render.render(values)
+
+
 def test_our_own_endpoint_is_opened_and_scraped(tmp_path: Path) -> None:
     values = {"monitoring": {"endpoint": "own", "port": 9999, "podMonitor": {"enabled": True}}}
     config, _ = check_config(config_file(values, tmp_path), {})

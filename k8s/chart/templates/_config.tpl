@@ -9,6 +9,13 @@
 {{- if .Values.tiers.disk.shared -}}
 {{- $_ := set $disk "shared" true -}}
 {{- end -}}
+{{- if .Values.security.encryption.secret -}}
+{{- $keys := list -}}
+{{- range .Values.security.encryption.keys -}}
+{{- $keys = append $keys (dict "id" . "file" (printf "/etc/dynamo-kvtc-keys/%s" .)) -}}
+{{- end -}}
+{{- $_ := set $disk "encryption" (dict "keys" $keys) -}}
+{{- end -}}
 {{- $tiers = append $tiers $disk -}}
 {{- end -}}
 {{- $codec := dict -}}

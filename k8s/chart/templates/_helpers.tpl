@@ -105,6 +105,12 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- fail "codec.profile raw has neither ratio nor max_kl: set codec.ratio to null" -}}
 {{- end -}}
 {{- $disk := $values.tiers.disk -}}
+{{- if and $values.security.encryption.secret (not $disk.enabled) -}}
+{{- fail "security.encryption is of the disk tier: set tiers.disk.enabled to true, or no secret" -}}
+{{- end -}}
+{{- if and $values.security.encryption.secret (not $values.security.encryption.keys) -}}
+{{- fail "security.encryption.keys is empty: name the keys of the secret, the newest in front" -}}
+{{- end -}}
 {{- if $disk.enabled -}}
 {{- if lt (include "kvtc.gib" $disk.volume.size | int64) (include "kvtc.gib" $disk.capacity | int64) -}}
 {{- fail (printf "tiers.disk.volume.size (%s) is smaller than tiers.disk.capacity (%s); leave the file system 5 %% beyond it" $disk.volume.size $disk.capacity) -}}

@@ -12,6 +12,30 @@
 {{- end }}
 {{- end -}}
 
+{{/* Master keys: mounted where tiers are opened, and nowhere else. */}}
+{{- define "kvtc.keyMount" -}}
+{{- if .Values.security.encryption.secret -}}
+- name: keys
+  mountPath: /etc/dynamo-kvtc-keys
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "kvtc.keyVolume" -}}
+{{- if .Values.security.encryption.secret -}}
+- name: keys
+  secret:
+    secretName: {{ .Values.security.encryption.secret }}
+    # With a group of the pod's own nobody else may read them; without one a user other than root could not.
+    defaultMode: {{ if (.Values.podSecurityContext | default dict).fsGroup }}0440{{ else }}0444{{ end }}
+    items:
+    {{- range .Values.security.encryption.keys }}
+    - key: {{ . | quote }}
+      path: {{ . | quote }}
+    {{- end }}
+{{- end }}
+{{- end -}}
+
 {{- define "kvtc.volumes" -}}
 - name: config
   configMap:
@@ -304,6 +328,9 @@ podTemplate:
       {{- if $disk }}
       - name: tier
         mountPath: {{ $values.tiers.disk.path }}
+      {{- with include "kvtc.keyMount" $root }}
+      {{- . | nindent 6 }}
+      {{- end }}
       {{- end }}
       {{- else if $values.model.cacheClaim }}
       - name: models
@@ -343,6 +370,9 @@ podTemplate:
       emptyDir:
         sizeLimit: {{ $volume.size }}
       {{- end }}
+    {{- with include "kvtc.keyVolume" $root }}
+    {{- . | nindent 4 }}
+    {{- end }}
     {{- end }}
     {{- else if $values.model.cacheClaim }}
     - name: models
