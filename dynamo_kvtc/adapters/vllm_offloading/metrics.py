@@ -16,6 +16,7 @@ from vllm.v1.kv_offload.base import (
     OffloadingMetricMetadata,
 )
 
+from dynamo_kvtc.adapters.vllm.stats import PREFIX
 from dynamo_kvtc.observability import SEPARATOR, flat_series, flat_values
 from dynamo_kvtc.pipeline.chunk_store import ChunkStore
 from dynamo_kvtc.pipeline.status_feed import StatusFeed
@@ -23,7 +24,6 @@ from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 
 __all__ = ["PREFIX", "TierMetrics", "metric_definitions"]
 
-PREFIX = "vllm:kvtc_"
 
 _REFUSED, _PENDING = "refused_jobs", "pending_jobs"
 
