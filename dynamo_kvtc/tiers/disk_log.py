@@ -327,8 +327,11 @@ class SegmentLog:
     def _remove(self, segment: Segment) -> None:
         """Delete a segment's file. Blocking."""
         self.before_giving_back()
-        os.close(segment.fd)
-        segment.path.unlink(missing_ok=True)
+        try:
+            # Before its locks go with the descriptor: who can lock a record knows by then that it is gone.
+            segment.path.unlink(missing_ok=True)
+        finally:
+            os.close(segment.fd)
 
     def sparsest_sealed(self) -> Segment | None:
         """Return the sealed segment with the fewest live bytes, or None."""

@@ -228,7 +228,7 @@ class Peers:
             if found is None or region is None:
                 return False
             location = found.location
-            if not lock_range(region.fd, location.offset - RECORD_HEADER_BYTES, 1, exclusive=False):
+            if not _lock_stored(region.fd, location.offset - RECORD_HEADER_BYTES):
                 found.peer.refused.add(key)
                 return False
             self._held_at[key] = region, location
@@ -314,6 +314,19 @@ class Peers:
             self._close_idle(region)
         if self._closing:
             await asyncio.wait(list(self._closing), timeout=_CLOSE_TIMEOUT_S)
+
+
+def _lock_stored(fd: int, start: int) -> bool:
+    """Lock the record at `start` unless its writer has evicted it; returns whether it is locked now.
+
+    The writer's lock on an evicted record lasts until its segment is deleted: then the file has no name left.
+    """
+    if not lock_range(fd, start, 1, exclusive=False):
+        return False
+    if os.fstat(fd).st_nlink:
+        return True
+    unlock_range(fd, start, 1)
+    return False
 
 
 _Placed = Sequence[tuple[ReadRequest, FileRegion, Location]]

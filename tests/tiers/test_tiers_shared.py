@@ -129,6 +129,26 @@ async def test_what_its_writer_evicted_is_a_miss(join: Join) -> None:
     assert await writer.get(0, 0, SIZE) == object_bytes(0, SIZE)
 
 
+async def test_what_went_with_its_segment_cannot_be_pinned(join: Join, tmp_path: Path) -> None:
+    writer, reader = await join(segment_bytes=64 << 10), await join()
+    for number in range(6):
+        await writer.put(number, SIZE)
+    await settled(reader)
+    assert await reader.prefix(0, 1, 2) == 3
+    (own,) = (folder for folder in writers(tmp_path) if list(folder.glob("segment-*")))
+    before = set(own.glob("segment-*"))
+    for number in range(3):
+        # One after the other: holes are punched before the last object takes the segment along.
+        assert await writer.tier.evict([object_key(number)]) == 1
+        await writer.tier._own._log.run(lambda: None, 5)  # type: ignore[attr-defined]
+    assert set(own.glob("segment-*")) < before
+    # The reader has not heard of it yet, and its descriptor keeps the file that was deleted.
+    assert reader.tier.size_of(object_key(0)) == SIZE
+    assert reader.tier.pin([object_key(number) for number in range(3)]) == []
+    with pytest.raises(ObjectMissingError):
+        await reader.get(0, 0, SIZE)
+
+
 async def test_damage_of_others_is_found_and_another_copy_can_be_stored(join: Join, tmp_path: Path) -> None:
     writer, reader = await join(), await join()
     await writer.put(0, SIZE)
