@@ -42,7 +42,7 @@ _LARGEST_ROW = 8192
 #: Layers of the default layer groups: of kvtc what gives the least bytes, of rd as many as let its products
 #: take no longer than those of kvtc at like quality; docs/calibration.md and docs/science.md have the
 #: measurements.
-_LAYERS_PER_GROUP = {"kvtc": 10, "rd": 15}
+_LAYERS_PER_GROUP = {"kvtc": 10, "rd": 10}
 
 
 @dataclass(frozen=True)
