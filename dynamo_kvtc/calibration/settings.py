@@ -39,10 +39,9 @@ SENSITIVITIES = ("gradients", "forward")
 #: gigabyte, and its exact eigenvectors some minutes.
 _LARGEST_ROW = 8192
 
-#: Layers of the default layer groups: of kvtc what gives the least bytes, of rd as many as let its products
-#: take no longer than those of kvtc at like quality; docs/calibration.md and docs/science.md have the
-#: measurements.
-_LAYERS_PER_GROUP = {"kvtc": 10, "rd": 10}
+#: Most layers of the default layer groups: with kvtc this gives the least bytes, with rd its products take no
+#: longer than those of kvtc at like quality; docs/calibration.md and docs/science.md have the measurements.
+_LAYERS_PER_GROUP = 10
 
 
 @dataclass(frozen=True)
@@ -227,13 +226,13 @@ def digest_inputs(settings: CalibrationSettings, folder: Path) -> InputDigests:
 
 
 def default_layers_per_group(profile: str, geometry: KvGeometry) -> int:
-    """Return how many layers share a basis if nothing is said: 10 with kvtc, with rd at most 15.
+    """Return how many layers share a basis if nothing is said: 10, with rd perhaps fewer.
 
     With rd, more layers find more in common, and the metric keeps early layers from being starved, but the
     products of a token grow with the row. Rows of more than 8,192 elements would make covariances and
     eigenproblems too large as well. The groups of rd are as even as they can be.
     """
-    most = min(_LAYERS_PER_GROUP[profile], geometry.num_layers)
+    most = min(_LAYERS_PER_GROUP, geometry.num_layers)
     if profile == "kvtc":
         return most
     most = min(most, max(1, _LARGEST_ROW // geometry.layer_size))

@@ -248,14 +248,14 @@ def test_the_defaults_follow_the_profile(tmp_path):
     assert kvtc.plan_ratios == {0: 8.0, 1: 16.0, 2: 32.0}
     small = KvGeometry(num_layers=30, num_kv_heads=3, head_size=64)
     large = KvGeometry(num_layers=32, num_kv_heads=8, head_size=128)
-    assert rd.layer_groups(small) == (LayerRange(0, 15), LayerRange(15, 15))
+    assert rd.layer_groups(small) == tuple(LayerRange(first, 10) for first in (0, 10, 20))
     assert rd.layer_groups(large) == tuple(LayerRange(first, 8) for first in (0, 8, 16, 24))
     assert kvtc.layer_groups(small) == tuple(LayerRange(first, 10) for first in (0, 10, 20))
     assert default_layers_per_group("kvtc", KvGeometry(4, 1, 8)) == 4
     assert default_layers_per_group("rd", KvGeometry(2, 1, 4096)) == 2
     assert default_layers_per_group("rd", KvGeometry(2, 64, 256)) == 1
-    assert default_layers_per_group("rd", KvGeometry(30, 3, 64)) == 15
-    assert default_layers_per_group("rd", KvGeometry(24, 2, 64)) == 12  # two even groups
+    assert default_layers_per_group("rd", KvGeometry(30, 3, 64)) == 10
+    assert default_layers_per_group("rd", KvGeometry(24, 2, 64)) == 8  # three even groups
     assert default_layers_per_group("rd", KvGeometry(32, 8, 128)) == 8
 
 
