@@ -6,27 +6,28 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from dynamo_kvtc import __version__
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
-from dynamo_kvtc.observability import Counters, MetricsEndpoint, Snapshot
+from dynamo_kvtc.observability import Counters, MetricsEndpoint
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
 from dynamo_kvtc.pipeline.boundary import Boundaries
 from dynamo_kvtc.pipeline.choosing import Chooser
 from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.handle import OnboardHandle
-from dynamo_kvtc.pipeline.offload import Offloader, OffloadTicket
+from dynamo_kvtc.pipeline.offload import Offloader
 from dynamo_kvtc.pipeline.onboard import Onboarder, OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.pins import Pins
+from dynamo_kvtc.pipeline.status import AdapterStatus
 from dynamo_kvtc.pipeline.threads import single_threaded_pool
+from dynamo_kvtc.pipeline.ticket import OffloadTicket
 from dynamo_kvtc.policy import (
     RAW,
     CostPolicy,
@@ -36,7 +37,7 @@ from dynamo_kvtc.policy import (
     Speeds,
     StorePolicy,
 )
-from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey, TierStats
+from dynamo_kvtc.tiers.base import Namespace, ReadRequest, TierKey
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
 from dynamo_kvtc.transfer.staging import StagingPool
@@ -44,30 +45,6 @@ from dynamo_kvtc.transfer.staging import StagingPool
 __all__ = ["AdapterStatus", "TierAdapter"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterStatus:
-    """What `TierAdapter.status` returns: the counters, each tier's own, and what is going on."""
-
-    counters: Snapshot
-    tiers: dict[str, TierStats]
-    offloads_pending: int
-    offload_queue_limit: int = 0
-    onboards_active: int = 0
-    promotions: int = 0
-    failed_puts: int = 0
-    artifact: Mapping[str, Any] = field(default_factory=dict)
-    speeds: Mapping[str, Any] = field(default_factory=dict)
-    guard: Mapping[str, Any] = field(default_factory=dict)
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    version: str = __version__
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON and `metric_families`."""
-        tiers = {name: asdict(stats) for name, stats in self.tiers.items()}
-        plain = {name: getattr(self, name) for name in self.__slots__}
-        return {**plain, "counters": self.counters.to_dict(), "tiers": tiers, "artifact": dict(self.artifact)}
 
 
 class TierAdapter:

@@ -12,29 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from dynamo_kvtc.codec.base import KvCodec
-from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.paged_codec import Completion
 from dynamo_kvtc.errors import (
     BitstreamError,
     KvtcError,
-    ObjectMissingError,
     OnboardCancelledError,
-    OnboardError,
-    StreamMismatchError,
     TierClosedError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.observability import Counters, Stage
+from dynamo_kvtc.observability import Counters
 from dynamo_kvtc.pipeline.accounting import EndedOnboard
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.boundary import Boundaries
@@ -43,14 +38,14 @@ from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.landing import Landing
 from dynamo_kvtc.pipeline.onboard_settings import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.sound_prefix import SoundPrefix
 from dynamo_kvtc.pipeline.threads import run_all, run_to_end
 from dynamo_kvtc.pipeline.turns import Turns
+from dynamo_kvtc.pipeline.unit_reader import UnitReader
 from dynamo_kvtc.pipeline.units import Unit, cut_units
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
 from dynamo_kvtc.policy.priorities import times_spared
-from dynamo_kvtc.tiers.base import ReadRequest
 from dynamo_kvtc.tiers.stack import TierStack
-from dynamo_kvtc.transfer.memory import MemorySpan
 from dynamo_kvtc.transfer.staging import StagingPool
 
 __all__ = ["OnboardSettings", "Onboarder"]
@@ -63,14 +58,6 @@ class _Opened:
     unit: Unit
     parts: list[Any]
     block_ids: list[int]
-
-
-#: Reads end at this share of an onboard's deadline, so that a tier is told when it was what took too long.
-_READ_SHARE = 0.95
-
-#: What the reader hands over: a unit, its tier blocks' bytes, and the staging leases they lie in. None
-#: is the end.
-_UnitQueue = asyncio.Queue[tuple[Unit, list[memoryview], AsyncExitStack] | None]
 
 
 class Onboarder:
@@ -136,36 +123,42 @@ class _Request:
         self._landing = Landing(owner._executor)
         self._refs, self._destination, self._handle = refs, destination, handle
         self._timeline = handle.timeline
-        self._headers: list[StreamHeader] = []
-        #: Tier blocks in front of the first one that failed; the request shrinks to these.
-        self._sound = len(refs)
-        self._cause: BaseException | None = None
-        self._read_until = 0.0
+        self._prefix = SoundPrefix(refs)
+        self._reader = UnitReader(
+            self._codec,
+            self._tiers,
+            self._staging,
+            self._policy,
+            self._settings,
+            self._executor,
+            self._prefix,
+            self._timeline,
+            self._counters,
+        )
 
     async def run(self) -> None:
         """Drive the request to its end; the only place where it succeeds or fails."""
-        self._read_until = time.monotonic() + _READ_SHARE * self._settings.timeout_s
         pinned = self._tiers.pin(ref.key for ref in self._refs)
         try:
             await asyncio.wait_for(self._in_turn(), self._settings.timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
             limit = f"{self._settings.timeout_s:g} s"
-            self._fail_from(0, TransferTimeoutError(f"onboarding did not finish within {limit}"))
+            self._prefix.end_before(0, TransferTimeoutError(f"onboarding did not finish within {limit}"))
         except asyncio.CancelledError:
             # Only OnboardHandle.cancel does this; whoever waits is told, the task ends quietly.
-            self._fail_from(0, OnboardCancelledError("onboarding was cancelled"))
+            self._prefix.end_before(0, OnboardCancelledError("onboarding was cancelled"))
         except KvtcError as error:
-            self._fail_from(0, error)
+            self._prefix.end_before(0, error)
         except Exception as error:
             _log.exception("onboarding failed by an unexpected error")
-            self._fail_from(0, error)
+            self._prefix.end_before(0, error)
         finally:
             self._tiers.unpin(pinned)
-        if isinstance(self._cause, BitstreamError):
+        if isinstance(self._prefix.cause, BitstreamError):
             # Only the codec can see this damage. Dropped, the tier block can be offloaded again.
             with suppress(TierClosedError):
-                await self._tiers.evict([self._refs[self._sound].key])
-        loaded = [ref.key for ref in self._refs[: self._sound]]
+                await self._tiers.evict([self._refs[self._prefix.count].key])
+        loaded = self._prefix.keys
         if times := times_spared(self._priority):
             self._tiers.prefer(loaded, times)
         self._tiers.promote(loaded)
@@ -173,15 +166,15 @@ class _Request:
     def finish(self, task: asyncio.Task[None]) -> None:
         """Tell everybody who waits how the request ended, even if it was cancelled before it began."""
         if task.cancelled():
-            self._fail_from(0, OnboardCancelledError("onboarding was cancelled"))
+            self._prefix.end_before(0, OnboardCancelledError("onboarding was cancelled"))
         elif (error := task.exception()) is not None:
             _log.error("onboarding failed by an unexpected error", exc_info=error)
-            self._fail_from(0, error)
-        headers = self._headers[: self._sound]
+            self._prefix.end_before(0, error)
+        headers = self._reader.headers[: self._prefix.count]
         encoder = None if self._encoders is None else self._encoders.name_of(headers)
-        ended = EndedOnboard(self._refs, headers, self._timeline, self._cause, encoder)
+        ended = EndedOnboard(self._refs, headers, self._timeline, self._prefix.cause, encoder)
         ended.count(self._counters, self._speeds, self._codec.geometry.token_bytes)
-        self._handle._finish(self._error())
+        self._handle._finish(self._prefix.error())
 
     async def _in_turn(self) -> None:
         if self._refs:
@@ -189,36 +182,31 @@ class _Request:
                 await self._load()
 
     async def _load(self) -> None:
-        await self._read_headers()
+        await self._reader.read_headers()
         units = cut_units(
-            self._headers,
+            self._reader.headers,
             len(self._codec.layer_groups),
             units=self._settings.units,
             # All units in flight fit into the staging memory together.
             most_bytes=self._staging.nbytes // (self._settings.transfers_in_flight + 1),
             most_tokens=self._boundary.most_open_tokens,
         )
-        queue: _UnitQueue = asyncio.Queue()
-        slots = asyncio.Semaphore(self._settings.transfers_in_flight)
-        reader = asyncio.get_running_loop().create_task(self._read_units(units, queue, slots))
+        self._reader.start(units)
         try:
             for group, layers in enumerate(self._codec.layer_groups):
                 opened: list[_Opened] = []
                 open_bytes = 0
                 remaining = sum(unit.group == group for unit in units)
                 while remaining:
-                    item = await queue.get()
-                    if item is None:
-                        reader.result()  # raises what ended the reader early
-                        raise AssertionError("the reader ended before its last unit")
+                    item = await self._reader.next()
                     remaining -= 1
-                    unit, payloads, leases = item
-                    async with leases:
-                        opened += await self._open(unit, payloads)
-                    slots.release()
-                    open_bytes += unit.count * self._group_bytes(layers)
+                    async with item.leases:
+                        opened += await self._open(item.unit, item.payloads)
+                    open_bytes += item.unit.count * self._group_bytes(layers)
                     if remaining and (
-                        self._boundary.launches or queue.empty() or open_bytes >= self._settings.open_bytes
+                        self._boundary.launches
+                        or self._reader.waits
+                        or open_bytes >= self._settings.open_bytes
                     ):
                         # A launch costs no time, and nothing must be held open while the next unit waits
                         # for a device's memory; or that unit is still in flight, so there is time to finish
@@ -231,109 +219,21 @@ class _Request:
             try:
                 await self._landing.settle()
             finally:
-                reader.cancel()
-                await asyncio.wait([reader])
-                while not queue.empty():
-                    if (item := queue.get_nowait()) is not None:
-                        await item[2].aclose()
+                await self._reader.close()
 
     def _group_bytes(self, layers: LayerRange) -> int:
         """Bytes of one tier block's KV in these layers."""
         geometry = self._codec.geometry
         return self._policy.tier_block_tokens * geometry.token_bytes * layers.count // geometry.num_layers
 
-    # --- transfer ----------------------------------------------------------------------------------
-
-    async def _read_headers(self) -> None:
-        """Read and check every tier block's header, in one batch of small reads."""
-        sizes = []
-        for ref in self._refs:
-            bound = self._codec.max_header_bytes(ref.num_tokens, self._policy.sinks_in(ref.first_position))
-            stored = self._tiers.size_of(ref.key)
-            # An object that is gone fails the read below, which says so.
-            sizes.append(bound if stored is None else min(bound, stored))
-        async with self._staging.lease(sum(sizes), timeout_s=self._settings.timeout_s) as span:
-            spans, offset = [], 0
-            for size in sizes:
-                spans.append(span.slice(offset, size))
-                offset += size
-            reads = [ReadRequest(ref.key, 0, into) for ref, into in zip(self._refs, spans, strict=True)]
-            await self._get(reads, Unit(-1, 0, len(reads)))
-            checks = [partial(self._check_header, index, spans[index]) for index in range(self._sound)]
-            found = await run_to_end(self._executor, lambda: _until_failure(checks))
-        self._headers, failure = found
-        if failure is not None:
-            self._fail_from(len(self._headers), failure)
-
-    def _check_header(self, index: int, span: MemorySpan) -> StreamHeader:
-        ref = self._refs[index]
-        header = self._codec.read_header(span.view, binding=ref.key)
-        if (header.first_position, header.num_tokens) != (ref.first_position, ref.num_tokens):
-            raise StreamMismatchError(
-                f"object holds tokens {header.first_position}+{header.num_tokens}, "
-                f"asked for {ref.first_position}+{ref.num_tokens}; it is treated as a miss"
-            )
-        return header
-
-    async def _read_units(
-        self,
-        units: list[Unit],
-        queue: _UnitQueue,
-        slots: asyncio.Semaphore,
-    ) -> None:
-        """Keep the next units in flight; hand them over in order."""
-        try:
-            for unit in units:
-                await slots.acquire()
-                async with AsyncExitStack() as leases:
-                    payloads = await self._read_unit(unit, leases)
-                    queue.put_nowait((unit, payloads, leases.pop_all()))
-        finally:
-            queue.put_nowait(None)
-
-    async def _read_unit(self, unit: Unit, leases: AsyncExitStack) -> list[memoryview]:
-        spans_in_stream = [
-            self._headers[index].group_span(unit.group)
-            for index in range(unit.first, min(unit.stop, self._sound))
-        ]
-        total = sum(stop - start for start, stop in spans_in_stream)
-        if not total:  # the request ended in front of this unit, or its plan stores nothing
-            return [memoryview(b"")] * len(spans_in_stream)
-        lease = self._staging.lease(total, timeout_s=self._settings.timeout_s)
-        span = await leases.enter_async_context(lease)
-        reads, offset = [], 0
-        for index, (start, stop) in enumerate(spans_in_stream, unit.first):
-            reads.append(ReadRequest(self._refs[index].key, start, span.slice(offset, stop - start)))
-            offset += stop - start
-        await self._get(reads, unit)
-        return [read.into.view for read in reads]
-
-    async def _get(self, reads: list[ReadRequest], unit: Unit) -> None:
-        """Read a unit; a failure ends the request in front of the first tier block that fails."""
-        try:
-            with self._timed("transfer", unit.group, unit.first, unit.count):
-                left = max(0.0, self._read_until - time.monotonic())
-                await self._tiers.get(reads, timeout_s=left)
-        except KvtcError as error:
-            missing = unit.first
-            if isinstance(error, ObjectMissingError):
-                absent = [i for i, read in enumerate(reads) if self._tiers.size_of(read.key) is None]
-                missing += min(absent, default=0)
-            self._fail_from(missing, error)
-            # What lies in front of the failed block is sound but unread: read it again without the rest.
-            if missing > unit.first:
-                await self._get(reads[: missing - unit.first], unit)
-
-    # --- decode ------------------------------------------------------------------------------------
-
     async def _open(self, unit: Unit, payloads: list[memoryview]) -> list[_Opened]:
-        count = min(unit.stop, self._sound) - unit.first
+        headers, count = self._reader.headers, min(unit.stop, self._prefix.count) - unit.first
         # All in one batch for a device; for the CPU one tier block each, side by side.
         size = max(count, 1) if self._boundary.launches else 1
         works = [
             partial(
                 self._boundary.open_groups,
-                self._headers[unit.first + first : unit.first + min(first + size, count)],
+                headers[unit.first + first : unit.first + min(first + size, count)],
                 unit.group,
                 payloads[first : min(first + size, count)],
             )
@@ -344,7 +244,7 @@ class _Request:
             results = [result for batch in batches for result in batch]
             failed = next((i for i, one in enumerate(results) if isinstance(one, KvtcError)), None)
             if failed is not None:
-                self._fail_from(unit.first + failed, results[failed])
+                self._prefix.end_before(unit.first + failed, results[failed])
             opened = results[:failed]
             if not opened:
                 return []
@@ -368,7 +268,7 @@ class _Request:
                 return self._boundary.scatter(parts, some, self._destination, block_ids, self._after)
 
         def mark(layer: int, launched: Completion | None = None) -> None:
-            if last and self._sound == len(self._refs):
+            if last and self._prefix.whole:
                 self._handle._mark_layer(layer, launched)
 
         if self._boundary.launches:
@@ -382,38 +282,5 @@ class _Request:
 
     @contextmanager
     def _timed(self, stage: str, group: int, first: int, count: int) -> Iterator[None]:
-        total: Stage = "transfer" if stage == "transfer" else "decode"
-        with self._timeline.record(stage, group, first, count), self._counters.timed(total):
+        with self._timeline.record(stage, group, first, count), self._counters.timed("decode"):
             yield
-
-    # --- outcome -----------------------------------------------------------------------------------
-
-    def _fail_from(self, index: int, error: BaseException) -> None:
-        if index < self._sound:
-            self._sound = index
-            self._cause = error
-
-    def _error(self) -> OnboardError | None:
-        if self._cause is None:
-            return None
-        start = self._refs[self._sound].first_position
-        stop = self._refs[-1].first_position + self._refs[-1].num_tokens
-        error = OnboardError(
-            f"tokens {start} to {stop} could not be onboarded and must be recomputed: {self._cause}",
-            [(start, stop)],
-        )
-        error.__cause__ = self._cause
-        return error
-
-
-def _until_failure(
-    checks: Sequence[Callable[[], StreamHeader]],
-) -> tuple[list[StreamHeader], KvtcError | None]:
-    """Return the results up to the first failure, and the failure."""
-    headers: list[StreamHeader] = []
-    for check in checks:
-        try:
-            headers.append(check())
-        except KvtcError as error:
-            return headers, error
-    return headers, None

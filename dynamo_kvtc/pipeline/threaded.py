@@ -14,11 +14,12 @@ import torch
 
 from dynamo_kvtc.errors import OnboardError, TierClosedError, TransferTimeoutError
 from dynamo_kvtc.observability import Counters
-from dynamo_kvtc.pipeline.adapter import AdapterStatus, TierAdapter
+from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.handle import OnboardHandle
-from dynamo_kvtc.pipeline.offload import OffloadResult, OffloadTicket
 from dynamo_kvtc.pipeline.paged import PagedKvCache
+from dynamo_kvtc.pipeline.status import AdapterStatus
+from dynamo_kvtc.pipeline.ticket import OffloadResult, OffloadTicket
 
 __all__ = ["ThreadedOffload", "ThreadedOnboard", "ThreadedTierAdapter"]
 
