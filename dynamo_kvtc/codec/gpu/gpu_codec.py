@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 
-import numpy as np
 import torch
 
 from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
@@ -19,17 +18,16 @@ from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch, gather_sinks
 from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, default_coder
-from dynamo_kvtc.codec.gpu.faults import fault_error
+from dynamo_kvtc.codec.gpu.group_opener import GroupOpener
 from dynamo_kvtc.codec.gpu.kernels.gather import gather_rows
-from dynamo_kvtc.codec.gpu.opened import DeviceGroup, Segment, join_groups
-from dynamo_kvtc.codec.gpu.opening import StoredGroup, inflate, plan_inflate, sink_payload, verify
+from dynamo_kvtc.codec.gpu.opened import DeviceGroup, join_groups
 from dynamo_kvtc.codec.gpu.resident import Resident
 from dynamo_kvtc.codec.gpu.rotation import rotation_tables
 from dynamo_kvtc.codec.gpu.scattering import ScatterWork, run_positions, token_slots
 from dynamo_kvtc.codec.gpu.sections import Sections
 from dynamo_kvtc.codec.gpu.staging import (
+    Batch,
     StagingBudget,
-    decode_bytes,
     decode_bytes_per_token,
     encode_bytes,
     encode_bytes_per_token,
@@ -39,15 +37,11 @@ from dynamo_kvtc.codec.header import SectionKind
 from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
-from dynamo_kvtc.errors import ArtifactMismatchError, BitstreamError, KvtcError
+from dynamo_kvtc.errors import ArtifactMismatchError, KvtcError
 
 __all__ = ["GpuCodec"]
 
 _SIDES = (SectionKind.KEYS, SectionKind.VALUES)
-
-
-class _Batch:
-    """What groups of one batch have in common: it holds their bytes of the staging budget."""
 
 
 class GpuCodec(PagedCodec):
@@ -91,6 +85,7 @@ class GpuCodec(PagedCodec):
         #: Bytes of staging memory that a token takes while it is encoded or decoded, whichever is more.
         self.token_bytes = max(each)
         self._resident = Resident(gpu, self.parameters)
+        self._opener = GroupOpener(host, gpu, self._coder, self.budget, self._resident)
 
     def with_plan_of(self, codec: KvCodec) -> GpuCodec:
         """Return a codec that encodes with another plan; see `PagedCodec.with_plan_of`.
@@ -193,7 +188,7 @@ class GpuCodec(PagedCodec):
         coded = [block.num_tokens - block.sink_tokens for block in blocks]
         block_size = caches[0].block_size
         slots = [token_slots(block.block_ids, block_size)[: block.num_tokens] for block in blocks]
-        batch = _Batch()
+        batch = Batch()
         needed = encode_bytes(self.parameters, plan_id, coded, self._coder.encode_bytes)
         with self.budget.taken_by(batch, needed), gpu.active():
             gpu.after_engine(after)
@@ -282,77 +277,7 @@ class GpuCodec(PagedCodec):
         self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
     ) -> list[DeviceGroup | KvtcError]:
         """Open one layer group of several streams in one batch; see `PagedCodec.open_groups`."""
-        results: list[DeviceGroup | KvtcError | None] = [None] * len(headers)
-        sound: dict[int, list[tuple[int, StoredGroup]]] = {}
-        for index, (header, payload) in enumerate(zip(headers, payloads, strict=True)):
-            try:
-                with self._gpu.stage("verify"):
-                    stored = verify(header, group, payload)
-            except KvtcError as error:
-                results[index] = error
-            else:
-                sound.setdefault(header.plan_id, []).append((index, stored))
-        for plan_id, members in sound.items():
-            opened = self._open_all([stored for _, stored in members], group, plan_id)
-            for (index, _), result in zip(members, opened, strict=True):
-                results[index] = result
-        return [result for result in results if result is not None]
-
-    def _open_all(
-        self, groups: Sequence[StoredGroup], group: int, plan_id: int
-    ) -> list[DeviceGroup | KvtcError]:
-        """Open streams of one plan; where one spoils the batch, each alone."""
-        try:
-            return self._open_batch(groups, group, plan_id)
-        except BitstreamError as error:
-            if len(groups) == 1:
-                # Its frames hold tensors of the batch, and an error may be kept for long.
-                return [error.with_traceback(None)]
-        return [self._open_all([one], group, plan_id)[0] for one in groups]
-
-    def _open_batch(
-        self, groups: Sequence[StoredGroup], group: int, plan_id: int
-    ) -> list[DeviceGroup | KvtcError]:
-        gpu, geometry, layers = self._gpu, self.geometry, self.layer_groups[group]
-        plan = plan_inflate(groups, self._coder.coder_id if self._coder.inflates else None)
-        coded = [stored.header.num_tokens - stored.header.sink_tokens for stored in groups]
-        batch = _Batch()
-        needed = decode_bytes(self.parameters, plan_id, group, coded, plan.total_bytes)
-        sinks = [
-            SinkCodec(geometry, stored.header.sink_bits).decode(
-                np.frombuffer(sink_payload(stored), dtype=np.uint8), layers.count, stored.header.sink_tokens
-            )
-            for stored in groups
-        ]
-        with self.budget.taken_by(batch, needed), gpu.active():
-            payload, check = inflate(gpu, self._coder, groups, plan, self.host.mapper)
-            faults = torch.zeros(len(groups), dtype=torch.int32, device=self.device)
-            coefficients = []
-            for kind in _SIDES:
-                offsets, sizes = zip(*plan.sections[kind], strict=True)
-                side = self._resident.side(group, kind, plan_id)
-                with gpu.stage("unpack, dequantise"):
-                    coefficients.append(side.decode(payload, coded, offsets, sizes, faults))
-            # Waits for the batch, in the thread that opens it.
-            found = gpu.download(faults).tolist()
-            check()
-            results: list[DeviceGroup | KvtcError] = []
-            first = 0
-            for stored, tokens, bits, (sink_keys, sink_values) in zip(
-                groups, coded, found, sinks, strict=True
-            ):
-                rows = slice(first, first + tokens)
-                segment = Segment(
-                    stored.header.first_position, tokens, gpu.upload(sink_keys), gpu.upload(sink_values)
-                )
-                results.append(
-                    fault_error(bits)
-                    or DeviceGroup(
-                        group, plan_id, coefficients[0][rows], coefficients[1][rows], (segment,), batch, first
-                    )
-                )
-                first += tokens
-        return results
+        return self._opener.open_groups(headers, group, payloads)
 
     def join(self, parts: Sequence[DeviceGroup]) -> list[DeviceGroup]:
         """Join neighbours of one batch; see `KvCodec.join`."""

@@ -23,6 +23,7 @@ from dynamo_kvtc.codec.rd_packing import RdLayout
 from dynamo_kvtc.errors import LayoutError, TransferTimeoutError
 
 __all__ = [
+    "Batch",
     "StagingBudget",
     "decode_bytes",
     "decode_bytes_per_token",
@@ -137,6 +138,10 @@ def decode_bytes_per_token(parameters: AnyParameters, plan_id: int, *, block_tok
         inflated = sum(2 * _aligned(sizes) + align(payload) for payload, sizes in sections)
         most = max(most, decode_bytes(parameters, plan_id, group, [block_tokens], inflated))
     return -(-most // block_tokens)
+
+
+class Batch:
+    """What the parts of a batch share: while any of them is referenced, it holds their bytes of a budget."""
 
 
 class StagingBudget:
