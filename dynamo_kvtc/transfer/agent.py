@@ -33,14 +33,12 @@ from dynamo_kvtc.transfer.in_flight import InFlight
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
 from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
 from dynamo_kvtc.transfer.pinning import pin
-from dynamo_kvtc.transfer.registration import CONTROL_TIMEOUT_S, answer, register, release
+from dynamo_kvtc.transfer.registration import answer, register, release
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.stats import AgentStats
+from dynamo_kvtc.transfer.succession import Succession
 
 __all__ = ["AgentStats", "TransferAgent"]
-
-#: Owners stuck in a transfer that may be replaced before the agent gives up: the storage itself is gone.
-_MAX_STUCK_OWNERS = 4
 
 
 class TransferAgent:
@@ -48,22 +46,17 @@ class TransferAgent:
 
     def __init__(self, settings: AgentSettings, owner: OwnerThread) -> None:
         self._settings = settings
-        self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._slots = asyncio.Semaphore(settings.max_transfers)
         self._memory: set[MemoryRegion] = set()
         self._files: set[FileRegion] = set()
         self._in_flight = InFlight()
-        self._retired: list[OwnerThread] = []
-        self._broken: TransferError | None = None
+        self._owners = Succession(settings, owner, lambda: [*self._memory, *self._files])
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ready = asyncio.Event()
-        self._ready.set()
-        self._replacing: asyncio.Task[None] | None = None
         self._closed = False
         self._moved = {"copy": 0, "read": 0, "write": 0}
-        self._transfers = self._failed = self._timed_out = self._replaced = 0
+        self._transfers = self._failed = self._timed_out = 0
         self._busy_s, self._busy_since = 0.0, 0.0
 
     @classmethod
@@ -108,10 +101,10 @@ class TransferAgent:
 
         While a transfer may still touch the region, that waits until it has drained.
         """
-        await self._owner_in_place()
+        await self._owners.settled()
         if region in self._memory:
             self._memory.discard(region)
-            self.on_drained(region, lambda: release(self._owner, region))
+            self.on_drained(region, lambda: release(self._owners.owner, region))
 
     async def open_file(
         self, path: str | os.PathLike[str], *, nbytes: int, flags: int = os.O_RDWR
@@ -166,10 +159,10 @@ class TransferAgent:
 
         While a transfer may still touch the file, that waits until it has drained.
         """
-        await self._owner_in_place()
+        await self._owners.settled()
         if region in self._files:
             self._files.discard(region)
-            self.on_drained(region, lambda: release(self._owner, region))
+            self.on_drained(region, lambda: release(self._owners.owner, region))
 
     # --- transfers -------------------------------------------------------------------------------
 
@@ -226,7 +219,7 @@ class TransferAgent:
         finished: asyncio.Future[None] = self._loop.create_future()
         transfer = Transfer(operation, backend, remote_kind, local, remote, ends, self._report(finished))
         self._started(transfer, pairs)
-        self._owner.submit(transfer)
+        self._owners.owner.submit(transfer)
         try:
             await asyncio.wait({finished}, timeout=max(0.0, deadline - self._loop.time()))
         except asyncio.CancelledError:
@@ -248,12 +241,12 @@ class TransferAgent:
         self._moved[kind] += int(local[:, 1].sum())
 
     async def _acquire_slot(self, timeout_s: float) -> None:
-        if self._ready.is_set() and not self._slots.locked():
+        if self._owners.is_in_place and not self._slots.locked():
             await self._slots.acquire()
             return
 
         async def ready_slot() -> None:
-            await self._ready.wait()
+            await self._owners.in_place()
             await self._slots.acquire()
 
         try:
@@ -264,7 +257,7 @@ class TransferAgent:
                 f"no transfer slot within {timeout_s:g} s "
                 f"({len(self._in_flight)} transfers in flight, {self._in_flight.parked} of them parked)"
             ) from None
-        if self._closed or self._broken is not None:
+        if self._closed or self._owners.broken is not None:
             self._slots.release()
             self._check_usable()
 
@@ -314,40 +307,11 @@ class TransferAgent:
         transfer.abandoned = True
         self._slots.release()
         self._in_flight.abandon(transfer)
-        self._loop.call_later(self._settings.drain_limit_s, self._check_drained, transfer, self._owner)
+        self._loop.call_later(self._settings.drain_limit_s, self._check_drained, transfer, self._owners.owner)
 
     def _check_drained(self, transfer: Transfer, owner: OwnerThread) -> None:
-        if (
-            transfer in self._in_flight
-            and owner is self._owner
-            and not self._closed
-            and self._replacing is None
-        ):
-            self._ready.clear()
-            self._replacing = self._loop.create_task(self._replace_owner(), name="kvtc-replace-nixl")
-
-    async def _replace_owner(self) -> None:
-        """Put a fresh NIXL agent in the place of one that a transfer is stuck in."""
-        self._retired = [retired for retired in self._retired if retired.alive]
-        try:
-            if len(self._retired) == _MAX_STUCK_OWNERS:
-                raise TransferError(
-                    "transfers keep getting stuck; check the storage below the tiers, then restart"
-                )
-            owner = OwnerThread(self._settings)
-            await answer(owner.start(), "starting NIXL again")
-            regions: list[MemoryRegion | FileRegion] = [*self._memory, *self._files]
-            for region in regions:
-                await register(owner, region)
-            self._retired.append(self._owner)
-            self._owner.stop()
-            self._owner = owner
-            self._replaced += 1
-        except TransferError as error:
-            self._broken = error
-        finally:
-            self._replacing = None
-            self._ready.set()
+        if transfer in self._in_flight and not self._closed:
+            self._owners.replace(owner)
 
     # --- the rest --------------------------------------------------------------------------------
 
@@ -363,9 +327,9 @@ class TransferAgent:
             timed_out=self._timed_out,
             in_flight=len(self._in_flight),
             parked=self._in_flight.parked,
-            replaced=self._replaced,
+            replaced=self._owners.replaced,
             busy_s=self._busy_s + busy_now,
-            file_mode=self._owner.file_mode,
+            file_mode=self._owners.owner.file_mode,
         )
 
     async def close(self) -> None:
@@ -376,17 +340,16 @@ class TransferAgent:
         if self._closed:
             return
         self._closed = True
-        if self._replacing is not None:
-            await asyncio.wait({self._replacing}, timeout=self._settings.close_timeout_s)
+        await self._owners.end(self._settings.close_timeout_s)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self._settings.close_timeout_s)
         for memory in list(self._memory):
             await self.free(memory)
         for file in list(self._files):
             await self.close_file(file)
-        self._owner.stop()
+        self._owners.owner.stop()
         if not self._in_flight:
-            await asyncio.to_thread(self._owner.join, self._settings.close_timeout_s)
+            await asyncio.to_thread(self._owners.owner.join, self._settings.close_timeout_s)
 
     async def __aenter__(self) -> TransferAgent:
         return self
@@ -397,8 +360,8 @@ class TransferAgent:
     def _check_usable(self) -> None:
         if self._closed:
             raise TransferError("the transfer agent is closed")
-        if self._broken is not None:
-            raise TransferError(f"the transfer agent is broken: {self._broken}")
+        if self._owners.broken is not None:
+            raise TransferError(f"the transfer agent is broken: {self._owners.broken}")
         if asyncio.get_running_loop() is not self._loop:
             raise TransferError(
                 "the transfer agent belongs to another event loop; call it from the one that made it"
@@ -411,11 +374,5 @@ class TransferAgent:
                     raise ValueError("a span's region is not (or no longer) registered with this agent")
 
     async def _register(self, region: MemoryRegion | FileRegion) -> None:
-        await self._owner_in_place()
-        await register(self._owner, region)
-
-    async def _owner_in_place(self) -> None:
-        """Wait while the owner is being replaced: regions must not come or go meanwhile."""
-        if not self._ready.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), CONTROL_TIMEOUT_S)
+        await self._owners.settled()
+        await register(self._owners.owner, region)
