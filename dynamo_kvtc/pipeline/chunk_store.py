@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import KvtcError, OnboardError, TierClosedError, TransferTimeoutError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
@@ -243,7 +244,9 @@ class ChunkStore:
 
     async def _load(self, adapter: TierAdapter, job: ChunkJob, done: list[bool]) -> bool:
         try:
-            await asyncio.wait_for(self._turn.acquire(), self._load_timeout_s)
+            await in_time(
+                self._turn.acquire(), self._load_timeout_s, give_back=lambda _: self._turn.release()
+            )
         except asyncio.TimeoutError:
             raise TransferTimeoutError(f"no turn to load within {self._load_timeout_s:g} s") from None
         try:

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import ConfigError, KvtcError, LookupServiceError
 from dynamo_kvtc.pipeline import frames
 from dynamo_kvtc.pipeline.adapter import TierAdapter
@@ -118,9 +119,9 @@ class LookupService:
             self._connections.add(task)
             while True:
                 head = await reader.readexactly(frames.LENGTH_BYTES)
-                body = await asyncio.wait_for(reader.readexactly(frames.frame_length(head)), _FRAME_TIMEOUT_S)
+                body = await in_time(reader.readexactly(frames.frame_length(head)), _FRAME_TIMEOUT_S)
                 writer.write(frames.encode(await self._answer(frames.decode(body))))
-                await asyncio.wait_for(writer.drain(), _FRAME_TIMEOUT_S)
+                await in_time(writer.drain(), _FRAME_TIMEOUT_S)
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, TimeoutError, OSError):
             pass  # the peer has gone or stopped talking
         except asyncio.CancelledError:

@@ -22,6 +22,7 @@ from typing import Any
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.paged_codec import Completion
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import (
     BitstreamError,
     KvtcError,
@@ -140,7 +141,7 @@ class _Request:
         """Drive the request to its end; the only place where it succeeds or fails."""
         pinned = self._tiers.pin(ref.key for ref in self._refs)
         try:
-            await asyncio.wait_for(self._in_turn(), self._settings.timeout_s)
+            await in_time(self._in_turn(), self._settings.timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
             limit = f"{self._settings.timeout_s:g} s"
             self._prefix.end_before(0, TransferTimeoutError(f"onboarding did not finish within {limit}"))

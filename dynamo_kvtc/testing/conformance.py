@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import (
     ObjectCorruptError,
     ObjectMissingError,
@@ -309,7 +310,7 @@ class TierConformance:
         using += [asyncio.create_task(self._read(driver)) for _ in range(4)]
         await asyncio.sleep(0)
         await driver.tier.close()
-        results = await asyncio.wait_for(asyncio.gather(*using, return_exceptions=True), _TIMEOUT_S)
+        results = await in_time(asyncio.gather(*using, return_exceptions=True), _TIMEOUT_S)
         assert all(result is True or isinstance(result, TierClosedError) for result in results), results
 
     async def _read(self, driver: TierDriver) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import TierError, TransferError
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
 from dynamo_kvtc.testing.transfer_faults import (
@@ -201,13 +202,13 @@ class TierFaultSuite:
     async def _bounded(self, putting: object) -> bool:
         """Await a put: whether it stored the object; a typed error is a no."""
         try:
-            return bool(await asyncio.wait_for(putting, _HANG_S))  # type: ignore[arg-type]
+            return bool(await in_time(putting, _HANG_S))  # type: ignore[arg-type]
         except (TierError, TransferError):
             return False
 
     async def _read_or_miss(self, driver: TierDriver, number: int, fault: Fault) -> None:
         try:
-            got = await asyncio.wait_for(driver.get(number, 0, _SIZE, timeout_s=_DEADLINE_S), _HANG_S)
+            got = await in_time(driver.get(number, 0, _SIZE, timeout_s=_DEADLINE_S), _HANG_S)
         except (TierError, TransferError):
             return
         if self.checks_bytes or fault not in SILENT_FAULTS:

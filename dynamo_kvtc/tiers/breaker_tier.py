@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import KvtcError, StoreUnavailableError, TransferError, TransferTimeoutError
 from dynamo_kvtc.tiers.base import ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.tiers.breaker import CircuitBreaker
@@ -65,7 +66,7 @@ class BreakerTier(TierWrapper):
             self._try(keys)
             return 0
         try:
-            found = await asyncio.wait_for(self.inner.contains_prefix(keys), self._patience_s)
+            found = await in_time(self.inner.contains_prefix(keys), self._patience_s)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             self._late("a lookup", 0, self._patience_s)
             return 0
@@ -176,7 +177,7 @@ class BreakerTier(TierWrapper):
 
     async def _attempt(self, keys: list[TierKey]) -> None:
         try:
-            answered = await asyncio.wait_for(self._answers(keys), self._trial_s)
+            answered = await in_time(self._answers(keys), self._trial_s)
         except (TransferTimeoutError, TimeoutError, asyncio.TimeoutError):
             self.reading.failed()
         except BaseException as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import (
     MissingDependencyError,
     ObjectCorruptError,
@@ -189,7 +190,7 @@ class BucketClient:
         limit = min(timeout_s, self.timeout_s)
         exceptions = self._obs.exceptions
         try:
-            return await asyncio.wait_for(request, max(0.0, limit))
+            return await in_time(request, max(0.0, limit))
         except (TimeoutError, asyncio.TimeoutError):
             raise TransferTimeoutError(
                 f"{what} got no answer from {self.place.description} within {limit:g} s"

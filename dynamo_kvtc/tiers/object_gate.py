@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import (
     ObjectCorruptError,
     ObjectMissingError,
@@ -65,20 +66,12 @@ class RequestGate:
         if not self._slots.locked():
             await self._slots.acquire()  # does not wait
             return
-        # Not `asyncio.wait_for`: before Python 3.12 a cancellation is lost there if the slot comes meanwhile.
-        waiting = asyncio.ensure_future(self._slots.acquire())
-        taken = False
         try:
-            await asyncio.wait({waiting}, timeout=timeout_s)
-            taken = waiting.done()
-        finally:
-            if not taken:
-                waiting.add_done_callback(lambda done: None if done.cancelled() else self._slots.release())
-                waiting.cancel()
-        if not taken:
+            await in_time(self._slots.acquire(), timeout_s, give_back=lambda _: self._slots.release())
+        except asyncio.TimeoutError:
             raise TransferTimeoutError(
                 f"{self._most_requests} requests to {self._store} are in flight already"
-            )
+            ) from None
 
     def _check_breaker(self, *, take: bool = False) -> None:
         if not (self.breaker.allow() if take else self.breaker.state != "open"):

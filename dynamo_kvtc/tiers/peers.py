@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import xxhash
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import (
     ObjectCorruptError,
     ObjectMissingError,
@@ -122,7 +123,7 @@ class Peers:
         """
         not_before = time.monotonic() - max_age_s
         try:
-            await asyncio.wait_for(self._refresh(not_before), timeout_s)
+            await in_time(self._refresh(not_before), timeout_s)
         except asyncio.TimeoutError:
             raise TransferTimeoutError(f"the folder {self._folder} did not answer in time") from None
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
 from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends
@@ -250,7 +251,7 @@ class TransferAgent:
             await self._slots.acquire()
 
         try:
-            await asyncio.wait_for(ready_slot(), timeout_s)
+            await in_time(ready_slot(), timeout_s, give_back=lambda _: self._slots.release())
         except asyncio.TimeoutError:
             self._timed_out += 1
             raise TransferTimeoutError(
@@ -342,7 +343,7 @@ class TransferAgent:
         self._closed = True
         await self._owners.end(self._settings.close_timeout_s)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self._settings.close_timeout_s)
+            await in_time(self._idle.wait(), self._settings.close_timeout_s)
         for memory in list(self._memory):
             await self.free(memory)
         for file in list(self._files):

@@ -7,6 +7,7 @@ import os
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import KvtcError, TransferError
 from dynamo_kvtc.transfer.backend import DRAM
 from dynamo_kvtc.transfer.files import FileRegion
@@ -68,7 +69,7 @@ async def answer(future: Future[T], doing: str) -> T:
         If the work failed, or did not end within `CONTROL_TIMEOUT_S`.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), CONTROL_TIMEOUT_S)
+        return await in_time(asyncio.wrap_future(future), CONTROL_TIMEOUT_S)
     except asyncio.TimeoutError:
         raise TransferError(f"{doing} did not finish within {CONTROL_TIMEOUT_S:g} s") from None
     except KvtcError:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 
+from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import TransferError
 from dynamo_kvtc.transfer.files import FileRegion
 from dynamo_kvtc.transfer.memory import MemoryRegion
@@ -67,7 +68,7 @@ class Succession:
         """Wait while the owner is being replaced, not for ever: regions must not come or go meanwhile."""
         if not self.is_in_place:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.in_place(), CONTROL_TIMEOUT_S)
+                await in_time(self.in_place(), CONTROL_TIMEOUT_S)
 
     async def end(self, timeout_s: float) -> None:
         """Wait for the end of a replacement that has begun, for `timeout_s` at most."""
