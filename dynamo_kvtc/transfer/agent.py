@@ -34,7 +34,7 @@ from dynamo_kvtc.transfer.in_flight import InFlight
 from dynamo_kvtc.transfer.memory import MemoryRegion, MemorySpan
 from dynamo_kvtc.transfer.owner import OwnerThread, Transfer
 from dynamo_kvtc.transfer.pinning import pin
-from dynamo_kvtc.transfer.registration import answer, register, release
+from dynamo_kvtc.transfer.registration import register, release, start_owner
 from dynamo_kvtc.transfer.settings import AgentSettings
 from dynamo_kvtc.transfer.stats import AgentStats
 from dynamo_kvtc.transfer.succession import Succession
@@ -72,9 +72,7 @@ class TransferAgent:
             If a backend does not work on this machine.
         """
         settings = settings or AgentSettings()
-        owner = OwnerThread(settings)
-        await answer(owner.start(), "starting NIXL")
-        return cls(settings, owner)
+        return cls(settings, await start_owner(settings))
 
     # --- regions ---------------------------------------------------------------------------------
 

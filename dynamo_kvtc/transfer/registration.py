@@ -1,4 +1,4 @@
-"""Making regions known to an owner's NIXL agent, and unknown again."""
+"""Starting an owner, and making regions known to its NIXL agent and unknown again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from dynamo_kvtc.transfer.files import FileRegion
 from dynamo_kvtc.transfer.memory import MemoryRegion
 from dynamo_kvtc.transfer.owner import OwnerThread
 from dynamo_kvtc.transfer.pinning import unpin
+from dynamo_kvtc.transfer.settings import AgentSettings
 
-__all__ = ["CONTROL_TIMEOUT_S", "answer", "register", "release"]
+__all__ = ["CONTROL_TIMEOUT_S", "register", "release", "start_owner"]
 
 T = TypeVar("T")
 
@@ -23,8 +24,29 @@ T = TypeVar("T")
 CONTROL_TIMEOUT_S = 30.0
 
 
+async def start_owner(settings: AgentSettings) -> OwnerThread:
+    """Return an owner whose NIXL agent is ready; if that fails or is cancelled, its thread ends.
+
+    Raises
+    ------
+    MissingDependencyError
+        If no NIXL package is installed.
+    TransferError
+        If NIXL cannot be set up, or does not answer.
+    """
+    owner = OwnerThread(settings)
+    try:
+        await _answer(owner.start(), "starting NIXL")
+    except BaseException:
+        owner.stop()
+        raise
+    return owner
+
+
 async def register(owner: OwnerThread, region: MemoryRegion | FileRegion) -> None:
     """Register a region with the owner's agent and remember NIXL's handle in it.
+
+    If that fails or is cancelled, the region does not stay registered.
 
     Raises
     ------
@@ -36,9 +58,21 @@ async def register(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Non
     else:
         rows = [(0, region.nbytes, region.fd, region.registered_name)]
         kind, backends = region.kind, [region.backend]
-    region.registration = await answer(
-        owner.call(lambda: owner.register(rows, kind, backends)), "registering a region"
-    )
+    registering = owner.call(lambda: owner.register(rows, kind, backends))
+
+    def undo(done: Future[Any]) -> None:
+        # The region is held until NIXL has let go of its memory.
+        def deregister(_held: MemoryRegion | FileRegion = region) -> None:
+            owner.deregister(done.result(), backends)
+
+        if not done.cancelled() and done.exception() is None:
+            owner.call(deregister)
+
+    try:
+        region.registration = await _answer(registering, "registering a region")
+    except BaseException:
+        registering.add_done_callback(undo)
+        raise
 
 
 def release(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[None]:
@@ -60,7 +94,7 @@ def release(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[Non
     return owner.call(work)
 
 
-async def answer(future: Future[T], doing: str) -> T:
+async def _answer(future: Future[T], doing: str) -> T:
     """Await work of the owner thread; every failure is a typed error.
 
     Raises

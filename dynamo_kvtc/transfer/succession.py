@@ -11,7 +11,7 @@ from dynamo_kvtc.errors import TransferError
 from dynamo_kvtc.transfer.files import FileRegion
 from dynamo_kvtc.transfer.memory import MemoryRegion
 from dynamo_kvtc.transfer.owner import OwnerThread
-from dynamo_kvtc.transfer.registration import CONTROL_TIMEOUT_S, answer, register
+from dynamo_kvtc.transfer.registration import CONTROL_TIMEOUT_S, register, start_owner
 from dynamo_kvtc.transfer.settings import AgentSettings
 
 __all__ = ["Succession"]
@@ -90,10 +90,13 @@ class Succession:
                 raise TransferError(
                     "transfers keep getting stuck; check the storage below the tiers, then restart"
                 )
-            owner = OwnerThread(self._settings)
-            await answer(owner.start(), "starting NIXL again")
-            for region in list(self._regions()):
-                await register(owner, region)
+            owner = await start_owner(self._settings)
+            try:
+                for region in list(self._regions()):
+                    await register(owner, region)
+            except BaseException:
+                owner.stop()
+                raise
             self._retired.append(self.owner)
             self.owner.stop()
             self.owner = owner

@@ -7,7 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from dynamo_kvtc.errors import MissingDependencyError, TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer import AgentSettings, FileRegion, TransferAgent, backend
+from dynamo_kvtc.transfer.owner import OwnerThread
 
 _CREATE = os.O_RDWR | os.O_CREAT
 
@@ -248,6 +251,69 @@ async def test_a_transfer_that_never_drains_makes_nixl_be_replaced(
     assert agent.stats().parked == 1
     pipe.fill(10)
     await until(lambda: not agent.stats().parked)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+async def test_a_region_whose_caller_was_cancelled_does_not_stay_registered(
+    agent: TransferAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The cancellation comes while NIXL is at it, so that it cannot be called back."""
+    at_it, go_on, registered = threading.Event(), threading.Event(), 0
+
+    class Watched(OwnerThread):
+        def register(self, rows: list[tuple[int, int, int, str]], kind: str, backends: list[str]) -> Any:
+            nonlocal registered
+            registration = OwnerThread.register(self, rows, kind, backends)
+            registered += 1
+            at_it.set()
+            assert go_on.wait(20)
+            return registration
+
+        def deregister(self, registration: Any, backends: list[str]) -> None:
+            nonlocal registered
+            OwnerThread.deregister(self, registration, backends)
+            registered -= 1
+
+    monkeypatch.setattr(agent._owners.owner, "__class__", Watched)
+    (tmp_path / "f").write_bytes(b"x" * 100)
+    coming = agent.allocate(4096) if kind == "memory" else agent.open_file(tmp_path / "f", nbytes=100)
+    caller = asyncio.create_task(coming)
+    await until(at_it.is_set)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert registered == 1
+    go_on.set()
+    await until(lambda: registered == 0)
+
+
+async def test_an_agent_whose_start_was_cancelled_leaves_no_thread() -> None:
+    starting = asyncio.create_task(TransferAgent.create(AgentSettings(name="kvtc-given-up")))
+    await until(lambda: any(thread.name == "kvtc-given-up-nixl" for thread in threading.enumerate()))
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await until(lambda: all(thread.name != "kvtc-given-up-nixl" for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_a_slot_that_comes_with_a_cancellation_is_not_lost(steps: int) -> None:
+    async with await TransferAgent.create(AgentSettings(max_transfers=1)) as agent:
+        pipe, memory = await Pipe.open(agent), await agent.allocate(4096)
+        reading = asyncio.create_task(agent.read_file([(pipe.region.span(0, 10), memory.span(0, 10))], 20))
+        await until(lambda: agent.stats().in_flight)
+        waiting = asyncio.create_task(agent.copy([(memory.span(0, 1), memory.span(100, 1))], 20))
+        await asyncio.sleep(0.01)
+        pipe.fill(10)
+        while agent.stats().in_flight:
+            await asyncio.sleep(0)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        (result,) = await asyncio.gather(waiting, return_exceptions=True)
+        assert result is None or isinstance(result, asyncio.CancelledError)
+        await reading
+        await agent.copy([(memory.span(0, 1), memory.span(200, 1))], 10)
 
 
 async def test_callers_beyond_the_bound_wait_within_their_deadlines() -> None:
