@@ -41,7 +41,8 @@ def main() -> None:
         folder = calibrate(calibration_settings(Path("demo-output"), "rd", short=False)).folder
     model = resolve_model(arguments.model)
     plan = ReplayPlan(
-        artifact=load_artifact(folder),
+        # The engines run in folders of their own.
+        artifact=load_artifact(folder.resolve()),
         model=model,
         trace=TraceSettings(
             conversations=arguments.conversations, turns=arguments.turns, seed=arguments.seed
