@@ -16,7 +16,7 @@ from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.errors import ArtifactMismatchError, TierClosedError
 from dynamo_kvtc.observability import Counters, MetricsEndpoint
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
-from dynamo_kvtc.pipeline.boundary import Boundaries
+from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary
 from dynamo_kvtc.pipeline.choosing import Chooser
 from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.events import EventLog
@@ -114,16 +114,16 @@ class TierAdapter:
         )
         self._pins = Pins(tiers)
         tiers.on_read = self.costs.speeds.read
-        self._agent, self._staging = agent, staging
+        self.agent, self._staging = agent, staging
         self._artifact_id, self._salt = artifact_id, salt
         self._store_timeout_s = store_timeout_s
         # Threads of their own: offloading must not delay onboarding.
         self._offload_threads = ThreadPoolExecutor(2, thread_name_prefix="kvtc-encode")
-        self._onboard_threads = single_threaded_pool(decode_threads, "kvtc-decode")
-        boundaries = Boundaries(codec, self.encoders, device_codec)
+        self.decode_threads = single_threaded_pool(decode_threads, "kvtc-decode")
+        self.boundaries = Boundaries(codec, self.encoders, device_codec)
         self._offloader = Offloader(
             self.encoders,
-            boundaries,
+            self.boundaries,
             tiers,
             staging,
             policy,
@@ -136,12 +136,12 @@ class TierAdapter:
         )
         self._onboarder = Onboarder(
             codec,
-            boundaries,
+            self.boundaries,
             tiers,
             staging,
             policy,
             self.counters,
-            self._onboard_threads,
+            self.decode_threads,
             onboard,
             self.costs.speeds,
             self.encoders,
@@ -242,7 +242,9 @@ class TierAdapter:
         """Tell how long the engine took to compute the KV of `tokens` tokens, for decisions by cost."""
         self.costs.speeds.prefilled(tokens, seconds)
 
-    def onboard(self, blocks: SequenceBlocks, destination: PagedKvCache) -> OnboardHandle:
+    def onboard(
+        self, blocks: SequenceBlocks, destination: PagedKvCache, *, boundary: Boundary | None = None
+    ) -> OnboardHandle:
         """Begin to put the KV of whole tier blocks into the engine's blocks and return at once.
 
         Parameters
@@ -250,13 +252,15 @@ class TierAdapter:
         blocks : SequenceBlocks
             Whole tier blocks among those that `lookup` found, from any one on; a rest that fills no tier
             block is left out. Blocks with id -1 are decoded but not written.
+        boundary : Boundary, optional
+            Takes what is read, in place of the one that `destination` has.
         """
         self._check_source(destination)
         destination.check_blocks(blocks.block_ids)
         refs = split_tier_blocks(
             blocks, self.namespace(blocks.salt), self.block_size, self.policy.tier_block_tokens
         )
-        handle = self._onboarder.start(refs, destination)
+        handle = self._onboarder.start(refs, destination, boundary)
         self._onboards.add(handle)
         handle.on_done(self._onboards.discard)
         return handle
@@ -338,10 +342,10 @@ class TierAdapter:
         await asyncio.gather(*(handle.cancel() for handle in list(self._onboards)))
         await self._offloader.close()
         self._offload_threads.shutdown(wait=False)
-        self._onboard_threads.shutdown(wait=False)
+        self.decode_threads.shutdown(wait=False)
         await self.tiers.close()
         await self._staging.close()
-        await self._agent.close()
+        await self.agent.close()
 
     async def __aenter__(self) -> TierAdapter:
         return self

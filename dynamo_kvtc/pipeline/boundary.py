@@ -317,15 +317,16 @@ class Boundaries:
     """
 
     def __init__(self, codec: KvCodec, encoders: Encoders, device_codec: PagedCodec | None = None) -> None:
-        self._host = HostBoundary(codec, encoders)
-        self._device = None if device_codec is None else DeviceBoundary(device_codec, encoders, self._host)
+        #: The CPU's, which serves any cache.
+        self.host = HostBoundary(codec, encoders)
+        self._device = None if device_codec is None else DeviceBoundary(device_codec, encoders, self.host)
         self._place = None if device_codec is None else device_codec.device
 
     def of(self, cache: PagedKvCache) -> Boundary:
         """Return the boundary of a cache."""
         if self._device is not None and cache.device == self._place and cache.has_views:
             return self._device
-        return self._host
+        return self.host
 
 
 def cut_blocks(keys: torch.Tensor, values: torch.Tensor, blocks: Sequence[PagedBlock]) -> list[TierBlock]:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,11 +19,20 @@ from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import KvtcError, OnboardError, TierClosedError, TransferTimeoutError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 from dynamo_kvtc.tiers.base import TierKey
 
-__all__ = ["Chunk", "ChunkJob", "ChunkStore", "FinishedJob", "chunk_blocks", "consecutive_runs"]
+__all__ = [
+    "Chunk",
+    "ChunkJob",
+    "ChunkStore",
+    "FinishedJob",
+    "chunk_blocks",
+    "consecutive_runs",
+    "slot_blocks",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +120,8 @@ class ChunkStore:
         Jobs that load at the same time; others wait for their turn.
     load_timeout_s : float
         How long a job waits for its turn. The load itself has the adapter's own deadline.
+    fill : Callable, optional
+        Begins to load consecutive chunks into their slots; by default the slots of `cache`.
     """
 
     def __init__(
@@ -122,9 +133,11 @@ class ChunkStore:
         max_pending: int = 1024,
         loads_at_once: int = 4,
         load_timeout_s: float = 30.0,
+        fill: Callable[[TierAdapter, Sequence[Chunk]], OnboardHandle] | None = None,
     ) -> None:
         self._adapter, self._cache, self._salt = adapter, cache, salt
         self._max_pending = max_pending
+        self._fill = fill or self._onboard
         self._load_timeout_s = load_timeout_s
         self._turn = asyncio.Semaphore(loads_at_once)
         self._blocks_per_chunk = adapter.blocks_per_tier_block
@@ -144,7 +157,11 @@ class ChunkStore:
 
     def holds(self, sequence_hash: bytes) -> bool:
         """Tell whether a chunk is stored whole."""
-        return not self._closed and self._adapter.holds(sequence_hash, salt=self._salt)
+        return self.size_of(sequence_hash) is not None
+
+    def size_of(self, sequence_hash: bytes) -> int | None:
+        """Return the bytes of a chunk's stored object; None if it is not stored whole."""
+        return None if self._closed else self._adapter.size_of(sequence_hash, salt=self._salt)
 
     def touch(self, hashes: Sequence[bytes]) -> None:
         """Count chunks as used just now, and notice what other workers have stored.
@@ -234,7 +251,7 @@ class ChunkStore:
 
     async def _store(self, adapter: TierAdapter, job: ChunkJob, done: list[bool]) -> tuple[bool, int]:
         tickets = [
-            adapter.offload(self._blocks(job.chunks[run]), self._cache, num_tokens=job.num_tokens)
+            adapter.offload(self._slots_of(job.chunks[run]), self._cache, num_tokens=job.num_tokens)
             for run in consecutive_runs(job.chunks)
         ]
         results = [await ticket.wait() for ticket in tickets]
@@ -257,7 +274,7 @@ class ChunkStore:
         return all(done)
 
     async def _load_run(self, adapter: TierAdapter, chunks: Sequence[Chunk]) -> list[bool]:
-        handle = adapter.onboard(self._blocks(chunks), self._cache)
+        handle = self._fill(adapter, chunks)
         try:
             await handle.wait()
         except OnboardError as error:
@@ -273,10 +290,11 @@ class ChunkStore:
         namespace = adapter.namespace(self._salt)
         return [namespace.key(sequence_hash) for sequence_hash in hashes]
 
-    def _blocks(self, chunks: Sequence[Chunk]) -> SequenceBlocks:
-        count = self._blocks_per_chunk
-        blocks = [block for chunk in chunks for block in range(chunk.slot * count, (chunk.slot + 1) * count)]
-        return chunk_blocks(chunks, blocks, count, self._salt)
+    def _onboard(self, adapter: TierAdapter, chunks: Sequence[Chunk]) -> OnboardHandle:
+        return adapter.onboard(self._slots_of(chunks), self._cache)
+
+    def _slots_of(self, chunks: Sequence[Chunk]) -> SequenceBlocks:
+        return slot_blocks(chunks, self._blocks_per_chunk, self._salt)
 
     # --- book-keeping ------------------------------------------------------------------------------
 
@@ -307,6 +325,13 @@ def chunk_blocks(
     """
     hashes = [chunk.hash for chunk in chunks for _ in range(blocks_per_chunk)]
     return SequenceBlocks(hashes, block_ids, salt, chunks[0].index * blocks_per_chunk)
+
+
+def slot_blocks(chunks: Sequence[Chunk], blocks_per_chunk: int, salt: bytes) -> SequenceBlocks:
+    """Return `chunk_blocks` of a cache whose slots are as many consecutive blocks each as make a chunk."""
+    count = blocks_per_chunk
+    blocks = [block for chunk in chunks for block in range(chunk.slot * count, (chunk.slot + 1) * count)]
+    return chunk_blocks(chunks, blocks, count, salt)
 
 
 def consecutive_runs(chunks: Sequence[Chunk]) -> Iterator[slice]:

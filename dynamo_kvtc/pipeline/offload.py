@@ -202,6 +202,8 @@ class Offloader:
             if storing is not None:
                 await storing
             storing = asyncio.get_running_loop().create_task(self._store(encoded))
+            # Streams hold memory of a device; kept here, the last batch would while nothing is offloaded.
+            del encoded
         if storing is not None:
             await storing
 

@@ -33,7 +33,7 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.observability import Counters
 from dynamo_kvtc.pipeline.accounting import EndedOnboard
 from dynamo_kvtc.pipeline.blocks import TierBlockRef
-from dynamo_kvtc.pipeline.boundary import Boundaries
+from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary
 from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.landing import Landing
@@ -97,13 +97,15 @@ class Onboarder:
         self._turns = Turns(self._settings.at_once)
         self.speeds = Speeds() if speeds is None else speeds
 
-    def start(self, refs: Sequence[TierBlockRef], destination: PagedKvCache) -> OnboardHandle:
-        """Begin to onboard tier blocks and return at once.
+    def start(
+        self, refs: Sequence[TierBlockRef], destination: PagedKvCache, boundary: Boundary | None = None
+    ) -> OnboardHandle:
+        """Begin to onboard tier blocks and return at once; `boundary` as in `TierAdapter.onboard`.
 
         The engine must neither read nor reuse the destination blocks until the handle says so.
         """
         handle = OnboardHandle(self._codec.geometry.num_layers, sum(ref.num_tokens for ref in refs))
-        run = _Request(self, list(refs), destination, handle)
+        run = _Request(self, list(refs), destination, handle, boundary)
         handle._task = asyncio.get_running_loop().create_task(run.run(), name="kvtc-onboard")
         handle._task.add_done_callback(run.finish)
         return handle
@@ -113,13 +115,18 @@ class _Request:
     """One onboard in the making."""
 
     def __init__(
-        self, owner: Onboarder, refs: list[TierBlockRef], destination: PagedKvCache, handle: OnboardHandle
+        self,
+        owner: Onboarder,
+        refs: list[TierBlockRef],
+        destination: PagedKvCache,
+        handle: OnboardHandle,
+        boundary: Boundary | None,
     ) -> None:
         self._codec, self._tiers, self._staging = owner._codec, owner._tiers, owner._staging
         self._policy, self._counters, self._executor = owner._policy, owner._counters, owner._executor
         self._settings, self._speeds, self._encoders = owner._settings, owner.speeds, owner._encoders
         self._turns, self._priority = owner._turns, refs[0].priority if refs else 0
-        self._boundary = owner._boundaries.of(destination)
+        self._boundary = boundary or owner._boundaries.of(destination)
         self._after = destination.fenced
         self._landing = Landing(owner._executor)
         self._refs, self._destination, self._handle = refs, destination, handle

@@ -88,8 +88,11 @@ class ThreadedTierAdapter:
 
     def holds(self, sequence_hash: bytes, *, salt: bytes = b"") -> bool:
         """Tell whether the tier block with this sequence hash is stored whole; waits for nothing."""
-        key = self._adapter.namespace(salt).key(sequence_hash)
-        return self._adapter.tiers.size_of(key) is not None
+        return self.size_of(sequence_hash, salt=salt) is not None
+
+    def size_of(self, sequence_hash: bytes, *, salt: bytes = b"") -> int | None:
+        """Return the bytes of that tier block's object; None if it is not stored whole. Waits for nothing."""
+        return self._adapter.tiers.size_of(self._adapter.namespace(salt).key(sequence_hash))
 
     def start(self, make: Callable[[TierAdapter], Coroutine[Any, Any, T]]) -> Future[T]:
         """Begin a coroutine that `make` gives for the adapter on the adapter's loop and return at once."""

@@ -27,8 +27,8 @@ def pin(address: int, nbytes: int) -> bool:
     code = int(_cudart().cudaHostRegister(address, nbytes, 0))
     if code:
         _log.warning(
-            "CUDA cannot pin %d bytes of staging memory (cudaError %d), which makes copies slower: raise "
-            "`ulimit -l`, or lower transfer.staging",
+            "CUDA cannot pin %d bytes of host memory (cudaError %d), which makes copies slower: raise "
+            "`ulimit -l`, or lower transfer.staging (or load_buffer)",
             nbytes,
             code,
         )

@@ -67,7 +67,6 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         self._keys = KeyReader(shared.policy.tier_block_tokens)
         self._metrics = TierMetrics(shared.adapter, shared.store, shared.policy.tier_block_tokens)
         self._job_ids = itertools.count()
-        self._free = list(range(shared.slots))
         self._staged: OrderedDict[OffloadKey, _Staged] = OrderedDict()
         self._to_load: dict[str, list[OffloadKey]] = {}
         self._jobs: dict[int, list[OffloadKey]] = {}
@@ -128,22 +127,28 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
 
     def _begin(self, key: OffloadKey, index: int, req_id: str) -> _Staged | None:
         block_hash = get_offload_block_hash(key)
-        if not self._store.holds(block_hash) or (not self._free and not self._make_room()):
+        nbytes = self._store.size_of(block_hash)
+        slot = None if nbytes is None else self._reserve(nbytes)
+        if slot is None:
             return None
-        staged = self._staged[key] = _Staged(Chunk(block_hash, index, self._free.pop()))
+        staged = self._staged[key] = _Staged(Chunk(block_hash, index, slot))
         self._to_load.setdefault(req_id, []).append(key)
         return staged
 
-    def _make_room(self) -> bool:
-        """Forget the chunk that was used longest ago among those that nobody counts on."""
-        for key, staged in self._staged.items():
+    def _reserve(self, nbytes: int) -> int | None:
+        """Return a slot; for its room, chunks that nobody counts on are forgotten, longest unused first."""
+        slot = self._shared.buffer.reserve(nbytes)
+        for key in [] if slot is not None else list(self._staged):
+            staged = self._staged[key]
             if staged.ready and not staged.loads and not staged.requests:
                 self._forget(key)
-                return True
-        return False
+                slot = self._shared.buffer.reserve(nbytes)
+                if slot is not None:
+                    break
+        return slot
 
     def _forget(self, key: OffloadKey) -> None:
-        self._free.append(self._staged.pop(key).chunk.slot)
+        self._shared.buffer.release(self._staged.pop(key).chunk.slot)
 
     def _collect(self) -> None:
         """Take note of what has arrived in the buffer, and of what has not."""
@@ -258,7 +263,7 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
         self._awaiting.clear()
         self._loading.clear()
         self._staged.clear()
-        self._free = list(range(self._shared.slots))
+        self._shared.buffer.clear()
         self._storing.clear()
         self._settling.clear()
         for noted in (*self._unservable.values(), *self._counted_on.values()):

@@ -1,7 +1,7 @@
 """What the spec's two sides share: open tiers, and a buffer that promised chunks wait in.
 
-vLLM cannot be told that a load failed once it has been promised. So a chunk is promised only when it has been
-read, verified and decoded into a buffer of plain host memory; loading it is a copy.
+vLLM cannot be told that a load failed once it has been promised. So a chunk is promised only when it is in
+the buffer (`dynamo_kvtc.pipeline.load_buffer`), and nothing that its bytes can cause may fail any more.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import torch
-
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.pipeline.chunk_store import ChunkStore
+from dynamo_kvtc.pipeline.load_buffer import LoadBuffer
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 from dynamo_kvtc.policy import OffloadPolicy
 
-__all__ = ["SharedTiers", "find_shared", "make_buffer", "publish_shared"]
+__all__ = ["SharedTiers", "find_shared", "publish_shared"]
 
 
 @dataclass(slots=True)
@@ -28,31 +27,29 @@ class SharedTiers:
     ----------
     cache : PagedKvCache
         The engine's own.
-    buffer : PagedKvCache
-        Plain host memory; slot i is the blocks of one chunk.
+    buffer : LoadBuffer
+        What promised chunks wait in.
     store : ChunkStore
         Loads into the buffer.
     policy : OffloadPolicy
         What is worth storing.
     salt : bytes
         Part of every key.
-    slots : int
-        Chunks that the buffer holds.
     blocks_per_chunk : int
         Blocks of the engine in a chunk.
     """
 
     adapter: ThreadedTierAdapter
     cache: PagedKvCache
-    buffer: PagedKvCache
+    buffer: LoadBuffer
     store: ChunkStore
     policy: OffloadPolicy
     salt: bytes
-    slots: int
     blocks_per_chunk: int
 
     def close(self) -> None:
         """Close the tiers. Idempotent."""
+        self.buffer.close()
         self.store.close()
         with _LOCK:
             for engine_id in [name for name, shared in _OPEN.items() if shared is self]:
@@ -88,14 +85,3 @@ def find_shared(engine_id: str) -> SharedTiers:
             "one: remove --distributed-executor-backend, or use KvtcTier below TieringOffloadingSpec"
         )
     return shared
-
-
-def make_buffer(cache: PagedKvCache, num_blocks: int) -> PagedKvCache:
-    """Return a cache of plain host memory like the engine's; pinned where there is a GPU."""
-    geometry = cache.geometry
-    shape = (2, num_blocks, cache.block_size, geometry.num_kv_heads, geometry.head_size)
-    pin = torch.cuda.is_available()
-    layers = [
-        torch.zeros(shape, dtype=geometry.torch_dtype, pin_memory=pin) for _ in range(geometry.num_layers)
-    ]
-    return PagedKvCache.from_layers(layers, "2BNHD")

@@ -24,12 +24,13 @@ from dynamo_kvtc.adapters.vllm_offloading.settings import (
     page_places,
     read_config,
 )
-from dynamo_kvtc.adapters.vllm_offloading.shared import SharedTiers, find_shared, make_buffer, publish_shared
+from dynamo_kvtc.adapters.vllm_offloading.shared import SharedTiers, find_shared, publish_shared
 from dynamo_kvtc.adapters.vllm_offloading.worker import KvtcOffloadingWorker
 from dynamo_kvtc.config.units import parse_size
 from dynamo_kvtc.errors import ConfigError, LayoutError
 from dynamo_kvtc.pipeline.assemble import offload_policy, open_adapter
 from dynamo_kvtc.pipeline.chunk_store import ChunkStore
+from dynamo_kvtc.pipeline.load_buffer import open_load_buffer
 from dynamo_kvtc.pipeline.permuted import PermutedKvCache
 from dynamo_kvtc.pipeline.threaded import ThreadedTierAdapter
 
@@ -37,12 +38,15 @@ __all__ = ["KvtcOffloadingSpec"]
 
 _OPEN_TIMEOUT_S = 300.0
 
+#: Streams are taken to be no smaller than this part of their KV.
+_MOST_RATIO = 256
+
 
 class KvtcOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # untyped where vLLM is not installed
     """Encodes at the engine's cache; host memory and disk hold compressed objects.
 
     Settings in ``kv_connector_extra_config``: ``config`` and ``attention_backend`` as for `KvtcTier`, and
-    ``load_buffer``, bytes of plain host memory in which promised chunks wait to be loaded (default 1GiB).
+    ``load_buffer``, bytes of host memory in which promised chunks wait to be loaded (default 1GiB).
 
     Raises
     ------
@@ -87,23 +91,28 @@ class KvtcOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # untyped where
         model = model_cache(self, needs_rope=settings.codec.profile != "raw")
         cache = self._engine_cache(kv_caches, model)
         chunk_bytes = model.chunk_tokens * model.geometry.token_bytes
-        slots = self._buffer_bytes // chunk_bytes
-        if slots < 1:
+        if self._buffer_bytes < chunk_bytes:
             raise ConfigError(f"load_buffer must hold at least one chunk of {chunk_bytes} bytes")
-        buffer = make_buffer(cache, slots * model.blocks_per_chunk)
         adapter = ThreadedTierAdapter(
             lambda: open_adapter(settings, model.geometry, model.block_size, model.rope, device=cache.device),
             timeout_s=_OPEN_TIMEOUT_S,
         )
+        try:
+            buffer = open_load_buffer(adapter, cache, self._buffer_bytes, chunk_bytes, salt=model.salt)
+        except BaseException:
+            adapter.close()
+            raise
         store = ChunkStore(
             adapter,
-            buffer,
+            cache,
             salt=model.salt,
-            max_pending=slots,
+            # What is on its way has its room in the buffer already.
+            max_pending=self._buffer_bytes // chunk_bytes * _MOST_RATIO,
             load_timeout_s=settings.pipeline.onboard_timeout,
+            fill=buffer.fill,
         )
         policy = offload_policy(settings)
-        shared = SharedTiers(adapter, cache, buffer, store, policy, model.salt, slots, model.blocks_per_chunk)
+        shared = SharedTiers(adapter, cache, buffer, store, policy, model.salt, model.blocks_per_chunk)
         publish_shared(self.config.engine_id, shared)
         return shared
 

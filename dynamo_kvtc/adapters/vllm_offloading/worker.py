@@ -1,11 +1,11 @@
-"""The worker's side of `KvtcOffloadingSpec`: encodes out of the engine's cache, copies promised chunks in."""
+"""The worker's side of `KvtcOffloadingSpec`: chunks out of the engine's cache, promised ones into it."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, LoadStoreSpec, OffloadingWorker, TransferResult
@@ -43,7 +43,7 @@ class _Store:
 
 @dataclass(slots=True)
 class _Load:
-    copy: Future[int]
+    future: Future[int]
     since: float = field(default_factory=time.monotonic)
 
 
@@ -52,7 +52,6 @@ class KvtcOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
 
     def __init__(self, shared: SharedTiers) -> None:
         self._shared = shared
-        self._copies = ThreadPoolExecutor(1, thread_name_prefix="kvtc-copy")
         self._stores: dict[int, _Store] = {}
         self._loads: dict[int, _Load] = {}
 
@@ -83,25 +82,20 @@ class KvtcOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             return []
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Begin to copy promised chunks into vLLM's blocks."""
+        """Begin to put promised chunks into vLLM's blocks."""
         assert isinstance(src_spec, KvtcLoadStoreSpec)
         count = self._shared.blocks_per_chunk
         blocks = [int(block) for block in dst_spec.block_ids]
         # vLLM may have the first blocks of the first chunk already, and want no more than some of the last.
         skipped = dst_spec.block_indices[0] % count if blocks else 0
-        sources = [chunk.slot * count + part for chunk in src_spec.chunks for part in range(count)]
-        sources = sources[skipped : skipped + len(blocks)]
+        unwanted = len(src_spec.chunks) * count - skipped - len(blocks)
+        if unwanted < 0:
+            raise AssertionError(f"vLLM loads {len(blocks)} blocks out of {len(src_spec.chunks)} chunks")
         self._shared.cache.fence()
-        self._loads[job_id] = _Load(self._copies.submit(self._copy, sources, blocks))
+        slots = [chunk.slot for chunk in src_spec.chunks]
+        places = [-1] * skipped + blocks + [-1] * unwanted
+        self._loads[job_id] = _Load(self._shared.buffer.load(slots, places))
         return True
-
-    def _copy(self, sources: list[int], blocks: list[int]) -> int:
-        if len(sources) != len(blocks):
-            raise AssertionError(f"vLLM loads {len(blocks)} blocks out of {len(sources)}")
-        keys, values = self._shared.buffer.gather(sources)
-        for layer in range(self._shared.cache.geometry.num_layers):
-            self._shared.cache.scatter_layer(layer, blocks, keys[:, layer], values[:, layer])
-        return keys.nbytes + values.nbytes
 
     def get_finished(self) -> list[TransferResult]:
         """Return what has ended since the last call."""
@@ -110,15 +104,15 @@ class KvtcOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         for job_id in [job_id for job_id, store in self._stores.items() if store.is_gathered()]:
             store = self._stores.pop(job_id)
             finished.append(TransferResult(job_id, True, store.nbytes, now - store.since))
-        for job_id in [job_id for job_id, load in self._loads.items() if load.copy.done()]:
+        for job_id in [job_id for job_id, load in self._loads.items() if load.future.done()]:
             load = self._loads.pop(job_id)
-            error = load.copy.exception()
+            error = load.future.exception()
             if error is not None:
                 # vLLM ends the engine then; going on would mean to serve whatever was in these blocks.
-                _log.critical("promised chunks could not be copied into vLLM's cache", exc_info=error)
+                _log.critical("promised chunks could not be put into vLLM's cache", exc_info=error)
                 finished.append(TransferResult(job_id, False))
             else:
-                finished.append(TransferResult(job_id, True, load.copy.result(), now - load.since))
+                finished.append(TransferResult(job_id, True, load.future.result(), now - load.since))
         return finished
 
     def wait(self, job_ids: set[int]) -> None:
@@ -132,9 +126,8 @@ class KvtcOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 for ticket in store.tickets:
                     ticket.void()
             if load is not None:
-                load.copy.exception()
+                load.future.exception()
 
     def shutdown(self) -> None:
         """Close the tiers. Idempotent."""
-        self._copies.shutdown(wait=True)
         self._shared.close()
