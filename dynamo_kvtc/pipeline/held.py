@@ -209,8 +209,8 @@ class HeldLoad:
         self._blocks: list[Sequence[int]] = []
         start = 0
         for held in members:
-            if held.header is None:
-                raise LayoutError("a slot that holds no stream yet cannot be loaded")
+            if held.header is None or len(held.payloads) < len(held.header.layer_groups):
+                raise LayoutError("a slot that holds no whole stream cannot be loaded")
             stop = start + held.header.num_tokens // cache.block_size
             self._headers.append(held.header)
             self._blocks.append(block_ids[start:stop])
@@ -235,7 +235,12 @@ class HeldLoad:
             try:
                 await self._decode(adapter, self._streams.boundary)
             except Exception as error:
-                _log.warning("the CPU decodes what the device has failed to load: %s", error)
+                # Its frames hold what the device has opened.
+                failure: Exception | None = error.with_traceback(None)
+            else:
+                failure = None
+            if failure is not None:
+                _log.warning("the CPU decodes what the device has failed to load: %s", failure)
                 await self._decode(adapter, adapter.boundaries.host)
         finally:
             self.end()
