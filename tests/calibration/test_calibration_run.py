@@ -213,14 +213,18 @@ def test_the_command_calibrates_and_reuses(settings, capsys):
 def test_ctrl_c_stops_after_the_step_at_hand():
     from dynamo_kvtc.cli.calibrate import _stop_on_interrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    with _stop_on_interrupt() as should_stop:
-        assert not should_stop()
-        signal.raise_signal(signal.SIGINT)
-        assert should_stop()
-        with pytest.raises(KeyboardInterrupt):
+    # A shell that starts the tests in the background has Ctrl-C ignored.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _stop_on_interrupt() as should_stop:
+            assert not should_stop()
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert should_stop()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
 @pytest.mark.model
