@@ -35,6 +35,8 @@ class CalibrationPlan:
         Names of `DOMAINS` whose calibration texts are used.
     seed : int
         Chooses the documents among the texts', and everything else that is drawn.
+    recall_share : float or None
+        Share of generated recall documents; None for each profile's own.
     """
 
     tokens: int = 81_920
@@ -50,6 +52,7 @@ class CalibrationPlan:
     validation_documents: int = 4
     domains: tuple[str, ...] = tuple(DOMAINS)
     seed: int = 0
+    recall_share: float | None = None
 
 
 def artifacts_for(
@@ -105,6 +108,8 @@ def calibrated(
         name += f"-{'-'.join(plan.domains)}"
     if plan.seed:
         name += f"-seed-{plan.seed}"
+    if plan.recall_share is not None:
+        name += f"-recall-{plan.recall_share:g}"
     settings = CalibrationSettings(
         model=str(folder),
         texts=tuple(DOMAINS[name].calibration for name in plan.domains),
@@ -118,5 +123,6 @@ def calibrated(
         sensitivity_documents=plan.sensitivity_documents,
         validation_documents=plan.validation_documents,
         seed=plan.seed,
+        recall_share=plan.recall_share,
     )
     return calibrate(settings, progress)

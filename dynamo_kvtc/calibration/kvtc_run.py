@@ -85,6 +85,7 @@ class KvtcCalibration(Calibration):
                 recent_window=settings.recent_window,
                 method=settings.method.resolve(sides[0][0].mean.numel()).value,  # type: ignore[arg-type]
                 seed=settings.seed,
+                recall_share=settings.recall_share or None,
             ),
         )
         write_report(artifact)

@@ -85,7 +85,7 @@ class CalibrationRecord(_Strict):
 
     With the rd profile also: how many documents the sensitivity was taken from and how many tokens of
     each were scored, whether it came from gradients or from forward passes only, and how many documents
-    the plans were measured on.
+    the plans were measured on. The share of generated recall documents stands there if there were any.
     """
 
     text_digest: _Hash
@@ -102,6 +102,7 @@ class CalibrationRecord(_Strict):
     scored_tokens: _Count | None = None
     validation_documents: _Count | None = None
     sensitivity: Literal["gradients", "forward"] | None = None
+    recall_share: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class MeasuredManifest(_Strict):

@@ -233,6 +233,7 @@ class RdCalibration(Calibration):
                 scored_tokens=settings.scored_tokens,
                 validation_documents=settings.validation_documents,
                 sensitivity=settings.sensitivity,  # type: ignore[arg-type]
+                recall_share=settings.recall_share or None,
             ),
         )
         write_report(artifact)

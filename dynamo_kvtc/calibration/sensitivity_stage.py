@@ -104,7 +104,11 @@ class SensitivityStage:
                 "tokens need; give longer documents (--document-tokens)"
             )
         count = min(settings.sensitivity_documents, len(usable))
-        self._chosen = [usable[i * len(usable) // count] for i in range(count)]
+        recall = [index for index in usable if documents.is_recall(index)]
+        text = [index for index in usable if not documents.is_recall(index)]
+        # Each kind by its share: an even choice from all might pass over most of the generated ones.
+        of_recall = round(count * len(recall) / len(usable))
+        self._chosen = sorted(_evenly(text, count - of_recall) + _evenly(recall, of_recall))
         rows = _SAMPLE_BYTES // (count * loaded.geometry.row_size * _ROW_BYTES)
         self._rows = max(1, min(_ROWS_PER_DOCUMENT, rows))
 
@@ -218,6 +222,10 @@ class SensitivityStage:
                 # Without gradients nothing tells tokens apart: all have the same importance.
                 fitted[group, side] = SideSensitivity(metric, inverse, row, row, 0.0, 0.0)
         return fitted
+
+
+def _evenly(indices: Sequence[int], count: int) -> list[int]:
+    return [indices[number * len(indices) // count] for number in range(count)]
 
 
 #: Bytes of a sampled row: keys and values in float32, their gradients in bfloat16.

@@ -12,12 +12,14 @@ from dynamo_kvtc.calibration.capture import RECENT_WINDOW, SINK_TOKENS
 from dynamo_kvtc.calibration.fingerprint import hash_weights
 from dynamo_kvtc.calibration.fit import FitMethod
 from dynamo_kvtc.calibration.manifest import SCHEMA_VERSION
-from dynamo_kvtc.calibration.text import hash_files
+from dynamo_kvtc.calibration.recall import RECALL_VERSION
+from dynamo_kvtc.calibration.text import hash_files, spread_over_files
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.errors import CalibrationError
 
 __all__ = [
     "DEFAULT_RATIOS",
+    "DEFAULT_RECALL_SHARES",
     "SENSITIVITIES",
     "CalibrationSettings",
     "InputDigests",
@@ -31,6 +33,9 @@ DEFAULT_RATIOS: dict[str, tuple[float, ...]] = {
     "rd": (10.0, 20.0, 40.0, 80.0),
     "kvtc": (8.0, 16.0, 32.0),
 }
+
+#: Share of generated recall documents, by profile: the published method calibrates on text alone.
+DEFAULT_RECALL_SHARES = {"rd": 0.0, "kvtc": 0.0}
 
 #: Where the rd profile may take the model's sensitivity from.
 SENSITIVITIES = ("gradients", "forward")
@@ -91,6 +96,9 @@ class CalibrationSettings:
         Last tokens of such a document, and of a validation document, whose predictions count; rd only.
     sensitivity : str
         ``"gradients"``, or ``"forward"`` for models too large for a backward pass; rd only.
+    recall_share : float or None
+        Share of the documents to fit, to the nearest document, in whose place documents are generated that
+        state facts and refer back to them; None for `DEFAULT_RECALL_SHARES`, which takes its place.
     """
 
     model: str
@@ -113,6 +121,7 @@ class CalibrationSettings:
     sensitivity_documents: int = 24
     scored_tokens: int = 384
     sensitivity: str = "gradients"
+    recall_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.profile not in DEFAULT_RATIOS:
@@ -121,6 +130,8 @@ class CalibrationSettings:
             )
         if not self.ratios:
             object.__setattr__(self, "ratios", DEFAULT_RATIOS[self.profile])
+        if self.recall_share is None:
+            object.__setattr__(self, "recall_share", DEFAULT_RECALL_SHARES[self.profile])
         if not 1 < min(self.ratios) <= max(self.ratios) < math.inf or len(set(self.ratios)) < len(
             self.ratios
         ):
@@ -129,6 +140,10 @@ class CalibrationSettings:
             raise CalibrationError("an artifact holds at most 256 plans: give fewer ratios and divergences")
         if self.layers_per_group is not None and self.layers_per_group < 1:
             raise CalibrationError("a layer group has at least one layer")
+        if not 0 <= (self.recall_share or 0) <= 1:
+            raise CalibrationError(
+                f"the share of recall documents is {self.recall_share}; give one from 0 to 1"
+            )
         if min(self.tokens, self.sample_tokens) < 1 or self.recent_window < 0:
             raise CalibrationError("numbers of tokens must be positive")
         left_out = SINK_TOKENS + self.recent_window
@@ -162,6 +177,14 @@ class CalibrationSettings:
     def plan_ratios(self) -> dict[int, float]:
         """Ratio by plan id, ascending."""
         return dict(enumerate(sorted(self.ratios)))
+
+    def recall_documents(self) -> list[int]:
+        """Return the indices of the documents that are generated; none of them is for validation."""
+        documents = -(-self.tokens // self.document_tokens)
+        if self.profile == "rd":
+            documents -= self.validation_documents
+        number = round((self.recall_share or 0) * max(0, documents))
+        return spread_over_files(number, documents, len(self.texts))
 
     def layer_groups(self, geometry: KvGeometry) -> tuple[LayerRange, ...]:
         """Divide a model's layers as these settings say."""
@@ -221,6 +244,8 @@ def digest_inputs(settings: CalibrationSettings, folder: Path) -> InputDigests:
             "scored_tokens": settings.scored_tokens,
             "sensitivity": settings.sensitivity,
         }
+    if settings.recall_share:
+        content["recall"] = [RECALL_VERSION, settings.recall_share]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return InputDigests(text, blake2b(canonical.encode(), digest_size=32).hexdigest())
 

@@ -16,6 +16,7 @@ import torch
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.capture import SINK_TOKENS, capture_rows, select_rows
 from dynamo_kvtc.calibration.models import LoadedModel
+from dynamo_kvtc.calibration.recall import RecallDocuments
 from dynamo_kvtc.calibration.settings import CalibrationSettings, InputDigests
 from dynamo_kvtc.calibration.statistics import SIDES, KvStatistics, Prepare
 from dynamo_kvtc.calibration.text import Documents
@@ -65,13 +66,22 @@ class Calibration(ABC):
         """Calibrate and write the artifact and its report."""
 
     def documents(self) -> Documents:
-        """Return the documents to calibrate on."""
+        """Return the documents to calibrate on; those for validation come last, and are never generated."""
+        settings, tokenizer = self.settings, self.loaded.tokenizer
+        recall = RecallDocuments(
+            tokenizer,
+            document_tokens=settings.document_tokens,
+            reference_tokens=settings.recent_window + settings.scored_tokens,
+            seed=settings.seed,
+        )
         return Documents(
-            self.settings.texts,
-            self.loaded.tokenizer,
-            tokens=self.settings.tokens,
-            document_tokens=self.settings.document_tokens,
-            seed=self.settings.seed,
+            settings.texts,
+            tokenizer,
+            tokens=settings.tokens,
+            document_tokens=settings.document_tokens,
+            seed=settings.seed,
+            recall=recall,
+            recall_at=settings.recall_documents(),
         )
 
     @property

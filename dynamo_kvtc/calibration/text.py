@@ -8,9 +8,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from dynamo_kvtc.calibration.recall import RecallDocuments
 from dynamo_kvtc.errors import CalibrationError
 
-__all__ = ["Documents", "hash_files"]
+__all__ = ["Documents", "hash_files", "spread_over_files"]
 
 #: Bytes read for a document, per token wanted; English has 4 to 5 bytes a token, other scripts more.
 _BYTES_PER_TOKEN = 8
@@ -37,6 +38,10 @@ class Documents:
         Tokens in all, and in one document. Documents are shorter, or empty, where a file is too small.
     seed : int
         Chooses where documents begin.
+    recall : RecallDocuments, optional
+        Generated documents.
+    recall_at : Sequence[int]
+        Indices of the documents in whose place they stand, in turn; the others stay what they are.
 
     Raises
     ------
@@ -45,7 +50,15 @@ class Documents:
     """
 
     def __init__(
-        self, files: Sequence[Path], tokenizer: Any, *, tokens: int, document_tokens: int, seed: int
+        self,
+        files: Sequence[Path],
+        tokenizer: Any,
+        *,
+        tokens: int,
+        document_tokens: int,
+        seed: int,
+        recall: RecallDocuments | None = None,
+        recall_at: Sequence[int] = (),
     ) -> None:
         if not files:
             raise CalibrationError("calibration needs text: name at least one file")
@@ -54,6 +67,8 @@ class Documents:
         self._document_tokens = document_tokens
         self._seed = seed
         self.count = max(1, -(-tokens // document_tokens))
+        self._recall = recall
+        self._recall_numbers = {index: number for number, index in enumerate(recall_at)}
 
     def __len__(self) -> int:
         return self.count
@@ -65,11 +80,17 @@ class Documents:
         """Return the token ids of one document; the same for the same arguments."""
         if not 0 <= index < self.count:
             raise IndexError(f"document {index} of {self.count}")
+        if self._recall is not None and self.is_recall(index):
+            return self._recall[self._recall_numbers[index]]
         file_index, turn = index % len(self._files), index // len(self._files)
         turns = -(-(self.count - file_index) // len(self._files))
         text = self._read_stretch(self._files[file_index], turn, turns)
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids[: self._document_tokens]
+
+    def is_recall(self, index: int) -> bool:
+        """Return whether a document is a generated one."""
+        return index in self._recall_numbers
 
     def _read_stretch(self, path: Path, turn: int, turns: int) -> str:
         wanted = self._document_tokens * _BYTES_PER_TOKEN
@@ -89,6 +110,31 @@ class Documents:
             return data[: _whole_characters(data)].decode("utf-8")
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def spread_over_files(number: int, documents: int, files: int) -> list[int]:
+    """Choose documents, each file giving as many as the others, and evenly among those of a file.
+
+    Parameters
+    ----------
+    number : int
+        How many documents to choose.
+    documents : int
+        Among how many, from the first; they come from the files in turn.
+    files : int
+        Number of files.
+
+    Returns
+    -------
+    list[int]
+        Different indices below `documents`; fewer than `number` if a file has too few.
+    """
+    chosen = []
+    for file in range(min(files, number, documents)):
+        turns, wanted = -(-(documents - file) // files), -(-(number - file) // files)
+        wanted = min(wanted, turns)
+        chosen += [files * ((2 * turn + 1) * turns // (2 * wanted)) + file for turn in range(wanted)]
+    return sorted(chosen)
 
 
 def hash_files(files: Sequence[Path]) -> str:

@@ -49,6 +49,12 @@ def command(
     sensitivity: Annotated[
         str, typer.Option(help="gradients, or forward: for models too large for a backward pass.")
     ] = "gradients",
+    recall_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of documents that are generated to ask for facts stated before.", min=0, max=1
+        ),
+    ] = None,
     layers_per_group: Annotated[
         str, typer.Option(help="Consecutive layers that share a basis: a number, all, or auto.")
     ] = "auto",
@@ -85,6 +91,7 @@ def command(
         max_kls=() if max_kl is None else tuple(parse_divergences(max_kl)),
         validation_documents=validation_documents,
         sensitivity=sensitivity,
+        recall_share=recall_share,
         layers_per_group=_parse_layers(layers_per_group),
         document_tokens=document_tokens,
         seed=seed,

@@ -10,8 +10,10 @@ import torch
 from dynamo_kvtc.calibration import run, stages
 from dynamo_kvtc.calibration.artifact import Artifact, load_artifact
 from dynamo_kvtc.calibration.models import load_model
+from dynamo_kvtc.calibration.rd_run import RdCalibration
 from dynamo_kvtc.calibration.run import calibrate
-from dynamo_kvtc.calibration.settings import CalibrationSettings
+from dynamo_kvtc.calibration.sensitivity_stage import SensitivityStage
+from dynamo_kvtc.calibration.settings import CalibrationSettings, InputDigests
 from dynamo_kvtc.calibration.text import Documents
 from dynamo_kvtc.calibration.validation import Validator
 from dynamo_kvtc.codec.geometry import LayerRange
@@ -211,6 +213,28 @@ def test_the_forward_only_estimate_calibrates_too(rd_artifact, rd_settings):
     for entry in artifact.manifest.ratios:
         assert entry.measured.ratio == pytest.approx(entry.ratio, rel=0.03)
         assert entry.measured.kl > 0
+
+
+def test_recall_documents_are_fitted_and_none_of_them_validates(rd_artifact, rd_settings):
+    with_recall = dataclasses.replace(rd_settings, recall_share=0.5)
+    assert with_recall.recall_documents() == [0, 3, 4]  # of six; the last two validate
+    artifact = calibrate(with_recall)
+    assert artifact.manifest.calibration.recall_share == 0.5
+    assert artifact.manifest.calibration.documents == rd_artifact.manifest.calibration.documents
+    assert artifact.manifest.id != rd_artifact.manifest.id
+    none = calibrate(dataclasses.replace(rd_settings, recall_share=0.0, out=rd_settings.out / "none"))
+    assert none.manifest.calibration.recall_share is None
+    assert none.manifest.id == rd_artifact.manifest.id
+
+
+def test_the_sensitivity_comes_from_recall_documents_by_their_share(rd_settings, tmp_path):
+    settings = dataclasses.replace(rd_settings, recall_share=0.34)
+    loaded = load_model(settings.model, settings.dtype)
+    calibration = RdCalibration(settings, loaded, InputDigests("", ""), print, lambda: False)
+    documents = calibration.documents()
+    stage = SensitivityStage(loaded, settings, documents, 6, settings.layer_groups(loaded.geometry), tmp_path)
+    assert [documents.is_recall(index) for index in stage._chosen].count(True) == 1
+    assert len(stage) == len(set(stage._chosen)) == 3
 
 
 def test_kept_back_documents_take_no_part_in_the_fit(rd_artifact, rd_settings, tmp_path):

@@ -276,6 +276,8 @@ def test_the_defaults_follow_the_profile(tmp_path):
         ({"sensitivity": "guess"}, "gradients, forward"),
         ({"document_tokens": 516}, "more than 516"),
         ({"ratios": (math.nan,)}, "above 1"),
+        ({"recall_share": 1.5}, "from 0 to 1"),
+        ({"recall_share": math.nan}, "from 0 to 1"),
         ({"ratios": tuple(range(2, 200)), "max_kls": tuple(range(1, 60))}, "256 plans"),
     ],
 )
@@ -295,6 +297,8 @@ def test_every_setting_of_rd_is_part_of_the_digest(tiny_model, texts, tmp_path):
         {"scored_tokens": 3},
         {"sensitivity": "forward"},
         {"layers_per_group": 2},
+        {"recall_share": 0.25},
+        {"recall_share": 0.5},
     ]
     digests = [
         digest_inputs(dataclasses.replace(base, **change), tiny_model).everything for change in [{}, *changes]
