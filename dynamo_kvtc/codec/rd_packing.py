@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from math import isqrt
 
 import numpy as np
@@ -72,6 +73,21 @@ class RdLayout:
     """
 
     counts: tuple[int, ...]
+
+    @cached_property
+    def rows(self) -> dict[SymbolClass, slice]:
+        """The rows of each class."""
+        borders = accumulate(self.counts, initial=0)
+        return {
+            symbol_class: slice(*span)
+            for symbol_class, span in zip(SymbolClass, pairwise(borders), strict=True)
+        }
+
+    @cached_property
+    def limits(self) -> NDArray[np.int16]:
+        """The largest magnitude that the class of each row holds: ``[stored, 1]``."""
+        limits = np.array([symbol_class.limit for symbol_class in SymbolClass], dtype=np.int16)
+        return limits.repeat(self.counts)[:, None]
 
     def class_sizes(self, tokens: int) -> tuple[int, ...]:
         """Return the bytes of the symbols of each class, for a section of `tokens` coded tokens."""
@@ -154,22 +170,17 @@ def pack(section: RdSection, layout: RdLayout) -> NDArray[np.uint8]:
     EncodeRangeError
         If it has too many escapes: the KV is too unlike what the plan was made for.
     """
-    tokens = section.levels.size
-    regions, indices, values = [], [], []
-    for symbol_class, (start, stop) in zip(SymbolClass, _spans(layout.counts), strict=True):
-        symbols = section.symbols[start:stop]
-        clamped = symbols.clip(-symbol_class.limit, symbol_class.limit)
-        beyond = np.flatnonzero(symbols != clamped)
-        indices.append(beyond + start * tokens)
-        values.append(symbols.reshape(-1)[beyond])
-        regions.append(pack_rows(clamped, symbol_class))
-    escapes = sum(part.size for part in indices)
-    if escapes > layout.max_escapes(tokens):
+    tokens, limits = section.levels.size, layout.limits
+    clamped = np.maximum(section.symbols, -limits)
+    np.minimum(clamped, limits, out=clamped)
+    indices = np.flatnonzero(clamped != section.symbols)
+    if indices.size > layout.max_escapes(tokens):
         raise EncodeRangeError(
-            f"{escapes} of the block's symbols are beyond their classes, the format holds "
+            f"{indices.size} of the block's symbols are beyond their classes, the format holds "
             f"{layout.max_escapes(tokens)}; keep this block raw, and recalibrate if it happens often"
         )
-    side = _pack_side(section.levels, np.concatenate(indices), np.concatenate(values))
+    side = _pack_side(section.levels, indices, section.symbols.reshape(-1)[indices])
+    regions = [pack_rows(clamped[rows], symbol_class) for symbol_class, rows in layout.rows.items()]
     return np.concatenate([side, *regions])
 
 
@@ -197,19 +208,12 @@ def unpack(payload: NDArray[np.uint8], layout: RdLayout, tokens: int) -> RdSecti
     levels = _unpack_levels(payload[_COUNT_BYTES : layout.side_size(tokens)], tokens)
     symbols = np.empty((sum(layout.counts), tokens), dtype=np.int16)
     offset = side_size
-    for symbol_class, (start, stop), size in zip(SymbolClass, _spans(layout.counts), sizes, strict=True):
-        data = payload[offset : offset + size]
-        symbols[start:stop] = unpack_rows(data, symbol_class, stop - start, tokens)
+    for (symbol_class, rows), size in zip(layout.rows.items(), sizes, strict=True):
+        unpack_rows(payload[offset : offset + size], symbol_class, symbols[rows])
         offset += size
     if escapes:
         _restore(symbols, layout, payload[layout.side_size(tokens) : side_size])
     return RdSection(levels, symbols)
-
-
-def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the rows of each class."""
-    borders = np.cumsum((0, *counts)).tolist()
-    return list(pairwise(borders))
 
 
 # --- side data -----------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def _pack_side(
     # Gaps and magnitudes are small numbers, so their planes of high bytes are mostly zeros.
     gaps = _planes(np.diff(indices, prepend=-1) - 1, "<u4")
     wide = values.astype(np.int32)
-    zigzag = _planes(np.where(wide < 0, -2 * wide - 1, 2 * wide), "<u2")
+    zigzag = _planes(wide << 1 ^ wide >> 31, "<u2")  # 2 q, or -2 q - 1 below 0
     return np.concatenate([count, packed_levels, gaps[0], zigzag[0], gaps[1:].reshape(-1), zigzag[1]])
 
 
@@ -253,9 +257,8 @@ def _restore(symbols: NDArray[np.int16], layout: RdLayout, data: NDArray[np.uint
     indices = np.cumsum(gaps + 1) - 1
     if indices[-1] >= symbols.size:
         raise PayloadError("an escape lies behind the last symbol; drop the stream")
-    values = np.where(zigzag & 1, -(zigzag + 1) // 2, zigzag // 2)
-    limits = np.repeat([symbol_class.limit for symbol_class in SymbolClass], layout.counts)
-    limit = limits[indices // symbols.shape[1]]
+    values = zigzag >> 1 ^ -(zigzag & 1)
+    limit = layout.limits[indices // symbols.shape[1], 0]
     flat, magnitudes = symbols.reshape(-1), np.abs(values)
     in_range = (limit < magnitudes) & (magnitudes <= SymbolClass.WIDE.limit)
     if not (in_range & (values.clip(-limit, limit) == flat[indices])).all():

@@ -29,7 +29,8 @@ def quantise(u: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         Whole numbers as float32, of the shape of `u`; NaN and infinity stay what they are.
     """
-    return (u.abs() + rounding).floor_().mul_(u.sign())
+    # The sum rounds alike on both sides of 0, so cutting it off towards 0 is the floor of the magnitude.
+    return torch.copysign(rounding, u).add_(u).trunc_()
 
 
 def dequantise(q: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -47,8 +48,11 @@ def dequantise(q: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         float32 of the shape of `q`, in units of the step.
     """
-    u = q.float()
-    return torch.where(u.abs() > 1, offsets[1], offsets[0]).mul_(u.sign()).add_(u)
+    # One of the two products is 0, so this rounds as if the offset were chosen first, but needs no mask.
+    sign = q.clamp(-1, 1)
+    beyond = (q - sign).clamp_(-1, 1)
+    u = q.to(torch.float32, copy=True)
+    return u.addcmul_(sign.sub_(beyond), offsets[0]).addcmul_(beyond, offsets[1])
 
 
 class RdQuantiser:
@@ -81,8 +85,9 @@ class RdQuantiser:
             If a coefficient is NaN, infinite, or so large that its symbol is no int16.
         """
         q = quantise(coefficients.float().mul_(scales / self._step), self._rounding)
-        # NaN fails every comparison, so it is refused here too.
-        if not (q.abs() <= SymbolClass.WIDE.limit).all():
+        # NaN is both the least and the largest number and fails every comparison, so it is refused here too.
+        limit = SymbolClass.WIDE.limit
+        if q.numel() and not (q.amin() >= -limit and q.amax() <= limit):
             raise EncodeRangeError(
                 "the KV holds NaN or infinity, or coefficients beyond all symbols; keep this block raw, and "
                 "recalibrate if it happens often"
