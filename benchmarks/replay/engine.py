@@ -16,15 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.local_dynamo.vllm_cpu import VLLM_ON_CPU
+
 # Before vLLM is imported: it reads them while it is.
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_HOST_IP="127.0.0.1",
-    VLLM_LOGGING_LEVEL="WARNING",
-    HF_HUB_OFFLINE="1",
-)
+os.environ.update(VLLM_ON_CPU, VLLM_LOGGING_LEVEL="WARNING")
 
 _SETTLE_TIMEOUT_S = 60.0
 _SOURCES = {

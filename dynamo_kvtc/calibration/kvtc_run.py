@@ -7,8 +7,6 @@ from pathlib import Path
 
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.artifact_writer import FittedSide, write_artifact
-from dynamo_kvtc.calibration.capture import SINK_TOKENS
-from dynamo_kvtc.calibration.manifest import CalibrationRecord
 from dynamo_kvtc.calibration.report import write_report
 from dynamo_kvtc.calibration.settings import CalibrationSettings
 from dynamo_kvtc.calibration.sides import fit_side, load_side, save_side
@@ -74,19 +72,7 @@ class KvtcCalibration(Calibration):
             layer_groups=statistics.groups,
             sides=sides,
             ratios=settings.plan_ratios,
-            calibration=CalibrationRecord(
-                text_digest=self.digests.text,
-                input_digest=self.digests.everything,
-                documents=statistics.documents,
-                document_tokens=settings.document_tokens,
-                rows=statistics.rows,
-                sample_rows=statistics.sample(0, SIDES[0]).shape[0],
-                sink_tokens=SINK_TOKENS,
-                recent_window=settings.recent_window,
-                method=settings.method.resolve(sides[0][0].mean.numel()).value,  # type: ignore[arg-type]
-                seed=settings.seed,
-                recall_share=settings.recall_share or None,
-            ),
+            calibration=self.record(statistics),
         )
         write_report(artifact)
         return artifact

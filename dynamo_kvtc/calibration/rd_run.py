@@ -10,8 +10,6 @@ import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.artifact_writer import FittedRdSide, write_artifact
-from dynamo_kvtc.calibration.capture import SINK_TOKENS
-from dynamo_kvtc.calibration.manifest import CalibrationRecord
 from dynamo_kvtc.calibration.rd_basis import RdBasis, fit_rd_basis, load_rd_basis, save_rd_basis
 from dynamo_kvtc.calibration.rd_plans import FittedPlan
 from dynamo_kvtc.calibration.rd_search import PlanSearch, Rung
@@ -218,22 +216,12 @@ class RdCalibration(Calibration):
             sides=list(zip(sides[::2], sides[1::2], strict=True)),
             ratios={plan_id: ratio for plan_id, (ratio, _) in rungs.items()},
             measured={plan_id: rung.measured for plan_id, (_, rung) in rungs.items()},
-            calibration=CalibrationRecord(
-                text_digest=self.digests.text,
-                input_digest=self.digests.everything,
-                documents=statistics.documents,
-                document_tokens=settings.document_tokens,
-                rows=statistics.rows,
-                sample_rows=statistics.sample(0, SIDES[0]).shape[0],
-                sink_tokens=SINK_TOKENS,
-                recent_window=settings.recent_window,
-                method=settings.method.resolve(bases[0].mean.numel()).value,  # type: ignore[arg-type]
-                seed=settings.seed,
+            calibration=self.record(
+                statistics,
                 sensitivity_documents=sensitivity_documents,
                 scored_tokens=settings.scored_tokens,
                 validation_documents=settings.validation_documents,
-                sensitivity=settings.sensitivity,  # type: ignore[arg-type]
-                recall_share=settings.recall_share or None,
+                sensitivity=settings.sensitivity,
             ),
         )
         write_report(artifact)

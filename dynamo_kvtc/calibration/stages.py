@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact
 from dynamo_kvtc.calibration.capture import SINK_TOKENS, capture_rows, select_rows
+from dynamo_kvtc.calibration.manifest import CalibrationRecord
 from dynamo_kvtc.calibration.models import LoadedModel
 from dynamo_kvtc.calibration.recall import RecallDocuments
 from dynamo_kvtc.calibration.settings import CalibrationSettings, InputDigests
@@ -159,6 +160,31 @@ class Calibration(ABC):
             return nothing, nothing
         keys, values = capture_rows(self.loaded, token_ids)
         return select_rows(keys, window), select_rows(values, window)
+
+    def record(self, statistics: KvStatistics, **of_profile: Any) -> CalibrationRecord:
+        """Return what the artifact says of its calibration.
+
+        Parameters
+        ----------
+        **of_profile
+            Fields of `CalibrationRecord` that one profile alone has.
+        """
+        settings = self.settings
+        row_size = statistics.groups[0].count * self.loaded.geometry.layer_size
+        return CalibrationRecord(
+            text_digest=self.digests.text,
+            input_digest=self.digests.everything,
+            documents=statistics.documents,
+            document_tokens=settings.document_tokens,
+            rows=statistics.rows,
+            sample_rows=statistics.sample(0, SIDES[0]).shape[0],
+            sink_tokens=SINK_TOKENS,
+            recent_window=settings.recent_window,
+            method=settings.method.resolve(row_size).value,  # type: ignore[arg-type]
+            seed=settings.seed,
+            recall_share=settings.recall_share or None,
+            **of_profile,
+        )
 
     def stop_if(self, stop: bool) -> None:
         """Stop here if asked to.

@@ -39,6 +39,7 @@ from dynamo_kvtc.codec.entropy import EntropyCoder
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.header import SINK_BITS, align
 from dynamo_kvtc.codec.opened_group import OpenedGroup, join_groups
+from dynamo_kvtc.codec.paged_codec import PagedBlock
 from dynamo_kvtc.codec.parameters import AnyParameters
 from dynamo_kvtc.codec.side import Chunks, SideCodec
 from dynamo_kvtc.codec.sinks import SinkCodec
@@ -189,8 +190,31 @@ class TransformCodec(KvCodec):
         for block in blocks:
             block.check(self.geometry)
         # The pool codes the chunks of one block while the next one is transformed here.
-        started = [(block, self._start(block, plan_id)) for block in blocks]
-        return [self._finish(block, plan_id, sections) for block, sections in started]
+        started = [(self.header(block), self._start(block, plan_id)) for block in blocks]
+        return [
+            write_stream(header, [Section(s.layers, s.kind, list(s.chunks)) for s in sections])
+            for header, sections in started
+        ]
+
+    def header(self, block: TierBlock | PagedBlock) -> StreamHeader:
+        """Return the header of the stream that a block is encoded to, without its chunk table.
+
+        Raises
+        ------
+        ArtifactMismatchError
+            If the codec was made for decoding only.
+        """
+        return StreamHeader(
+            profile=self.profile,
+            plan_id=self.encoding_plan,
+            artifact_id=self.parameters.artifact_id,
+            geometry=self.geometry,
+            first_position=block.first_position,
+            num_tokens=block.num_tokens,
+            sink_tokens=block.sink_tokens,
+            sink_bits=self.sink_bits,
+            binding=block.binding,
+        )
 
     def _start(self, block: TierBlock, plan_id: int) -> list[_PendingSection]:
         """Make all payloads of a block and hand their chunks to the entropy coder."""
@@ -225,20 +249,6 @@ class TransformCodec(KvCodec):
     def _encode_chunk(self, piece: tuple[memoryview, Sequence[int]]) -> EncodedChunk:
         plain, runs = piece
         return encode_chunk(plain, self.coder, runs)
-
-    def _finish(self, block: TierBlock, plan_id: int, sections: Sequence[_PendingSection]) -> bytes:
-        header = StreamHeader(
-            profile=self.profile,
-            plan_id=plan_id,
-            artifact_id=self.parameters.artifact_id,
-            geometry=self.geometry,
-            first_position=block.first_position,
-            num_tokens=block.num_tokens,
-            sink_tokens=block.sink_tokens,
-            sink_bits=self.sink_bits,
-            binding=block.binding,
-        )
-        return write_stream(header, [Section(s.layers, s.kind, list(s.chunks)) for s in sections])
 
     # --- decode ----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an environment with vLLM (make engine)")
 
+from benchmarks.local_dynamo.vllm_cpu import VLLM_ON_CPU
 from dynamo_kvtc.calibration.models import BUILTIN_SMOLLM2, resolve_model
 
 HERE = Path(__file__).parent
@@ -43,14 +44,9 @@ def serve(model: Path, prompts: list[list[int]], connector: dict[str, Any] | Non
     """Run vLLM in a process of its own and return what it answered."""
     environment = {
         **os.environ,
+        **VLLM_ON_CPU,
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE}",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "2",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
     }
     request = {

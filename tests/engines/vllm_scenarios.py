@@ -13,14 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_HOST_IP="127.0.0.1",
-    VLLM_LOGGING_LEVEL="WARNING",
-    HF_HUB_OFFLINE="1",
-)
+from benchmarks.local_dynamo.vllm_cpu import VLLM_ON_CPU
+
+os.environ.update(VLLM_ON_CPU, VLLM_LOGGING_LEVEL="WARNING")
 
 TIER_BLOCK = 64
 BLOCK = 32

@@ -243,25 +243,12 @@ class GpuCodec(PagedCodec):
             SinkCodec(geometry, self.host.sink_bits),
             self.host.coder,
             gathered,
-            [self._header(block, plan_id) for block in blocks],
+            [self.host.header(block) for block in blocks],
             status,
             payload,
             encoded,
             sinks,
             batch,
-        )
-
-    def _header(self, block: PagedBlock, plan_id: int) -> StreamHeader:
-        return StreamHeader(
-            profile=self.host.profile,
-            plan_id=plan_id,
-            artifact_id=self.parameters.artifact_id,
-            geometry=self.geometry,
-            first_position=block.first_position,
-            num_tokens=block.num_tokens,
-            sink_tokens=block.sink_tokens,
-            sink_bits=self.host.sink_bits,
-            binding=block.binding,
         )
 
     # --- decode ----------------------------------------------------------------------------------
