@@ -99,7 +99,7 @@ class DiskTierConfig(Section):
     """Bytes that the folder may take; the least recently used objects go first."""
 
     segment_size: Annotated[Size, Field(ge=1024**2)] = 256 * 1024**2
-    """Bytes of one segment file; larger ones are used where the capacity would need more than 256."""
+    """Bytes of one segment file; larger ones are used where the capacity would need more than 128."""
 
     shared: bool = False
     """Whether several workers of one machine use the folder, each reading what all of them wrote. Capacity is
