@@ -158,7 +158,7 @@ class EntropyDecodeError(BitstreamError):
 
 
 class PayloadError(BitstreamError):
-    """A section's payload holds numbers that no encoder writes: NaN or infinity."""
+    """A section's payload holds what no encoder writes: NaN, infinity, symbols or escapes out of range."""
 
 
 class StreamMismatchError(BitstreamError):

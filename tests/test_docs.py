@@ -42,7 +42,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_names_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:`|\$ )make ([a-z0-9-]+)", text)) <= targets
+    assert set(re.findall(r"(?:`|\$ |^    )make ([a-z0-9-]+)", text, re.MULTILINE)) <= targets
     metrics = {metric.name for metric in METRICS}
     named = re.findall(r"dynamo_kvtc_[a-z_]+(?=[`{\[ ])", text)
     assert {re.sub("_(sum|count|bucket)$", "", name) for name in named} <= metrics

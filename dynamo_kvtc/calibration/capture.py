@@ -97,5 +97,5 @@ def read_cache(loaded: LoadedModel, cache: Any, tokens: int) -> tuple[torch.Tens
 
 
 def select_rows(rows: torch.Tensor, recent_window: int = RECENT_WINDOW) -> torch.Tensor:
-    """Return the rows of a document that take part in the fit: no sinks, no recent tokens."""
+    """Return the rows ``[tokens, row]`` of a document that are fitted to: no sinks, no recent tokens."""
     return rows[SINK_TOKENS : max(SINK_TOKENS, rows.shape[0] - recent_window)]

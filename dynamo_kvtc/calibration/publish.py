@@ -78,7 +78,7 @@ def resolve(store: Path, name: str) -> Path:
     Raises
     ------
     ArtifactError
-        If there is none, or the name is none.
+        If there is none, the name is none, or its alias is damaged.
     """
     if not _ID.fullmatch(name):
         _check_alias(name)

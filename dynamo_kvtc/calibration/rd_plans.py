@@ -101,7 +101,13 @@ def fit_plan(coefficients: torch.Tensor, step: float) -> FittedPlan:
 
 
 def estimate_rate(coefficients: torch.Tensor, step: float) -> float:
-    """Estimate, with one rounding for all, the bits a token that a plan with this step would take."""
+    """Estimate, with one rounding for all, the bits a token that a plan with this step would take.
+
+    Parameters
+    ----------
+    coefficients : torch.Tensor
+        float32 ``[tokens, components]`` of sampled rows, scaled by their importance.
+    """
     some = coefficients[:: max(1, coefficients.shape[0] // _ESTIMATED_ROWS)]
     u = some[:, _candidates(some, step)] / step
     _, distortion, rates = _try(u, u.abs(), 0.34)

@@ -144,6 +144,11 @@ class KvCodec(ABC):
         -------
         Any
             The profile's own intermediate (coefficients); hand it to `decode_layer`.
+
+        Raises
+        ------
+        BitstreamError
+            The subclass that names what is wrong with the group's chunks.
         """
 
     def join(self, parts: Sequence[Any]) -> list[Any]:
@@ -178,7 +183,13 @@ class KvCodec(ABC):
         """
 
     def group_of(self, layer: int) -> int:
-        """Return the index of the layer group that holds `layer`."""
+        """Return the index of the layer group that holds `layer`.
+
+        Raises
+        ------
+        IndexError
+            If the model has no such layer.
+        """
         for index, layers in enumerate(self.layer_groups):
             if layer in layers:
                 return index
@@ -187,7 +198,13 @@ class KvCodec(ABC):
     def decode(
         self, stream: Buffer, *, binding: bytes | None = None, device: torch.device | str = "cpu"
     ) -> TierBlock:
-        """Decode a whole stream, onto `device`; the inverse of `encode` up to the profile's loss."""
+        """Decode a whole stream, onto `device`; the inverse of `encode` up to the profile's loss.
+
+        Raises
+        ------
+        BitstreamError
+            As `read_header` and `open_group` do.
+        """
         header = self.read_header(stream, binding=binding)
         geometry = self.geometry
         shape = (header.num_tokens, geometry.num_layers, geometry.num_kv_heads, geometry.head_size)

@@ -56,7 +56,7 @@ class OpenedGroup:
 
     @cached_property
     def cos_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotation of the coded tokens, the same for all layers."""
+        """Rotation of the coded tokens, the same for all layers; see `RopeParameters.cos_sin`."""
         return self.rope.cos_sin(self.positions)
 
 

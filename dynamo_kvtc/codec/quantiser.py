@@ -226,14 +226,14 @@ def _to_values(
 
 
 def float_to_e4m3(numbers: torch.Tensor) -> torch.Tensor:
-    """Round float32 to uint8 bit patterns of E4M3FN, saturating; a negative zero becomes positive."""
+    """Round float32 of any shape to uint8 bit patterns of E4M3FN, saturating; -0 becomes 0."""
     # Older versions of torch do not saturate when they convert.
     saturated = numbers.clamp(-E4M3_MAX, E4M3_MAX).add_(0.0)
     return saturated.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def e4m3_to_float(patterns: torch.Tensor) -> torch.Tensor:
-    """Return uint8 E4M3FN bit patterns (no NaN among them) as float32 numbers.
+    """Return uint8 E4M3FN bit patterns of any shape (no NaN among them) as float32 numbers.
 
     Moving the bits into a float16 scales the number by 2**-8, subnormal numbers included; several times
     faster on a CPU than the conversion from torch's own float8 type.

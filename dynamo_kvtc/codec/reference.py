@@ -121,7 +121,7 @@ class ReferenceCodec(KvCodec):
         return header
 
     def open_group(self, header: StreamHeader, group: int, payload: Buffer) -> _ReferenceGroup:
-        """Decode one layer group of one stream."""
+        """Decode one layer group of one stream; see `KvCodec.open_group`."""
         geometry, layers, parameters = self.geometry, self.layer_groups[group], self.parameters.groups[group]
         coded = header.num_tokens - header.sink_tokens
         sides = []
@@ -142,7 +142,7 @@ class ReferenceCodec(KvCodec):
         return _ReferenceGroup(group, keys, values)
 
     def decode_layer(self, parts: Sequence[_ReferenceGroup], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Join one layer of consecutive tier blocks."""
+        """Join one layer of consecutive tier blocks; see `KvCodec.decode_layer`."""
         index = layer - self.layer_groups[parts[0].group].first
         keys = torch.cat([part.keys[:, index] for part in parts])
         return keys, torch.cat([part.values[:, index] for part in parts])

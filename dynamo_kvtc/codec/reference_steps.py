@@ -207,7 +207,13 @@ def _pack_symbols(symbols: Sequence[int], bits: int) -> bytes:
 
 
 def pack_sinks(keys: torch.Tensor, values: torch.Tensor, bits: int) -> bytes:
-    """Return the payload of sinks ``[tokens, layers, heads, head_size]``."""
+    """Return the payload of sinks ``[tokens, layers, heads, head_size]``, at 8 or 16 bits.
+
+    Raises
+    ------
+    EncodeRangeError
+        If they hold NaN or infinity.
+    """
     if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
         raise EncodeRangeError("the KV of the sink tokens holds NaN or infinity; keep this block raw")
     scales, elements = bytearray(), bytearray()

@@ -295,12 +295,18 @@ class RopeParameters:
 
     @staticmethod
     def inverse(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cosines and sines whose rotation undoes that of `cos` and `sin`."""
+        """Return the cosines and sines, of the same shape, whose rotation undoes that of `cos` and `sin`.
+
+        Both are divided by ``cos² + sin²``: with YaRN's attention factor a rotation also scales.
+        """
         squares = cos.square() + sin.square()
         return cos / squares, -sin / squares
 
     def rotate(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate keys by given cosines and sines (see `cos_sin`); for callers that reuse them."""
+        """Rotate keys by given cosines and sines (see `cos_sin`), for callers that reuse them.
+
+        Shapes, result and errors are those of `apply_rope`.
+        """
         if keys.ndim < 2 or cos.shape[0] != keys.shape[0]:
             raise RopeError(f"{cos.shape[0]} positions do not fit keys of shape {tuple(keys.shape)}")
         if keys.shape[-1] < self.rotary_dim:

@@ -91,13 +91,13 @@ class SideTransform:
         return self.project(self.centre(rows))
 
     def centre(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows without the mean, float32: it can be many times larger than what is left, so it goes
-        before precision does.
+        """Return rows without the mean, float32 ``[tokens, row]``: it can be many times larger than what is
+        left, so it goes before precision does.
         """
         return rows - self._side.mean
 
     def project(self, centred: torch.Tensor) -> torch.Tensor:
-        """Return the coefficients of rows that `centre` returned, as `forward` does."""
+        """Return the coefficients of what `centre` returned: ``[stored, tokens]`` in the compute dtype."""
         return self._forward_weights @ centred.to(self._dtype).t()
 
     def inverse(self, coefficients: torch.Tensor, layer: int) -> torch.Tensor:

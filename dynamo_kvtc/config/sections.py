@@ -36,10 +36,11 @@ Divergence = Annotated[float, Field(gt=0, le=100)]
 
 
 def check_one_plan(ratio: float | None, max_kl: float | None) -> None:
+    """Refuse, with a `ValueError`, a plan that is chosen twice."""
     if ratio is not None and max_kl is not None:
         raise ValueError("ratio and max_kl both choose the plan; give one of them")
 
 
 def null_is_empty(value: object) -> object:
-    # A section whose lines are all commented out reads as null.
+    """Return an empty mapping for null: a section whose lines are all commented out reads as that."""
     return {} if value is None else value

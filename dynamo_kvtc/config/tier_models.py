@@ -187,7 +187,7 @@ TierConfig = Annotated[HostTierConfig | DiskTierConfig | ObjectTierConfig, Field
 
 
 def check_tiers(tiers: list[TierConfig]) -> list[TierConfig]:
-    """Refuse orders and places that contradict each other."""
+    """Refuse, with a `ValueError`, orders and places that contradict each other."""
     kinds = [tier.kind for tier in tiers]
     if kinds.count("host") > 1:
         raise ValueError("there can be one host tier; give it the sum of the capacities")

@@ -76,7 +76,13 @@ def decode(body: bytes) -> dict[str, Any]:
 
 
 def pack_hashes(hashes: Sequence[bytes]) -> dict[str, Any]:
-    """Return hashes of one length as JSON values."""
+    """Return hashes of one length as JSON values.
+
+    Raises
+    ------
+    LookupServiceError
+        If their lengths differ.
+    """
     size = len(hashes[0]) if hashes else 1
     if any(len(one) != size for one in hashes):
         raise LookupServiceError("block hashes must all have the same length")

@@ -198,7 +198,13 @@ class _Receiver(Boundary):
 
 
 class HeldLoad:
-    """One load of held streams into the engine's blocks, behind the fence of the time when it began."""
+    """One load of held streams into the engine's blocks, behind the fence of the time when it began.
+
+    Raises
+    ------
+    LayoutError
+        If a slot holds no whole stream, or the streams do not fill the blocks.
+    """
 
     def __init__(
         self, streams: HeldStreams, members: Sequence[_Held], block_ids: Sequence[int], cache: PagedKvCache

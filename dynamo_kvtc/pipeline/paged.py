@@ -95,6 +95,11 @@ class PagedKvCache:
             One 5-dimensional tensor per layer.
         layout : str
             One of `LAYOUTS`.
+
+        Raises
+        ------
+        LayoutError
+            If the layout is not known, or the layers do not have its axes.
         """
         if layout not in LAYOUTS:
             raise LayoutError(f"unknown cache layout {layout!r}; supported: {', '.join(LAYOUTS)}")

@@ -15,7 +15,21 @@ __all__ = ["AdapterStatus"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """What `TierAdapter.status` returns: the counters, each tier's own, and what is going on."""
+    """What `TierAdapter.status` returns: the counters, each tier's own, and what is going on.
+
+    Attributes
+    ----------
+    tiers : dict[str, TierStats]
+        By the tier's name, from fast to slow.
+    offloads_pending, offload_queue_limit : int
+        Tier blocks that wait to be encoded, and how many may.
+    onboards_active : int
+        Onboards under way.
+    promotions, failed_puts : int
+        As `TierStack` counts them.
+    artifact, speeds, guard, policy : Mapping
+        What blocks are encoded with, `Speeds.to_dict`, the guard's status, the policy's settings and choice.
+    """
 
     counters: Snapshot
     tiers: dict[str, TierStats]

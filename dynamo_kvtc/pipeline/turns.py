@@ -19,7 +19,7 @@ class Turns:
     Parameters
     ----------
     at_once : int
-        Holders at the same time.
+        Holders at the same time; a `ValueError` if below 1.
     """
 
     def __init__(self, at_once: int) -> None:

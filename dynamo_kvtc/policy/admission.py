@@ -24,7 +24,7 @@ class FrequencySketch:
     Parameters
     ----------
     width : int
-        Counters of each of the four rows, one byte each.
+        Counters of each of the four rows, one byte each; at least 1.
     """
 
     def __init__(self, width: int = 1 << 16) -> None:
@@ -55,6 +55,8 @@ class TokenBucket:
 
     Parameters
     ----------
+    bytes_per_day : int
+        At least 1.
     clock : Callable
         Seconds, never going back.
     """
@@ -85,6 +87,11 @@ class Admission:
         In how many lookups a tier block must have been asked for; 0 lets everything in.
     bytes_per_day : int, optional
         Write budget; None is none.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range.
     """
 
     def __init__(

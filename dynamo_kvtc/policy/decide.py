@@ -98,7 +98,7 @@ class CostSettings:
         this share before one is promised again; a coarser plan or raw must be faster by it than what is
         stored with now. So noise does not turn decisions over.
     probe_every : int
-        Every so manieth refusal in a row is let through: costs that are not paid are not measured.
+        Of so many refusals in a row the last is let through: costs that are not paid are not measured.
     """
 
     enabled: bool = True

@@ -53,6 +53,11 @@ class QualityGuard:
         Steps with plans: the least gentle plan that may be encoded with becomes gentler with each of them.
     has_raw : bool
         Whether raw is the step behind them.
+
+    Raises
+    ------
+    ConfigError
+        If there is no plan to encode with.
     """
 
     def __init__(self, settings: GuardSettings, levels: int, *, has_raw: bool = False) -> None:

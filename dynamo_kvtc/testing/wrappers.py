@@ -23,6 +23,11 @@ class ThrottledTier(TierWrapper):
         Bandwidth of the link, for reads and writes together.
     latency_s : float
         Added to each call.
+
+    Raises
+    ------
+    ValueError
+        If the bandwidth is not positive, or the latency negative.
     """
 
     def __init__(self, inner: Tier, bytes_per_s: float, *, latency_s: float = 0.0) -> None:

@@ -140,7 +140,13 @@ class BucketClient:
         return int(meta["size"])
 
     async def put(self, name: str, data: bytes, timeout_s: float, *, only_new: bool) -> bool:
-        """Store an object; with `only_new` only if there is none yet. Returns whether it was stored."""
+        """Store an object; with `only_new` only if there is none yet. Returns whether it was stored.
+
+        Raises
+        ------
+        BucketMissingError
+            If there is no such bucket.
+        """
         mode: Literal["create", "overwrite"] = "create" if only_new else "overwrite"
         sending = self._obs.put_async(self._store, name, data, mode=mode, use_multipart=False)
         try:

@@ -172,7 +172,8 @@ class SharedDiskTier(Tier):
         Raises
         ------
         TierError
-            If the folder cannot be used, or holds segments that cannot be read.
+            If the folder cannot be used, or holds segments that cannot be read; `TierInUseError` if other
+            workers take every part of it first.
         """
         path = Path(folder)
         try:

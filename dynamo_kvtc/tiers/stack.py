@@ -64,6 +64,11 @@ class TierStack:
     ----------
     promotions : int
         Objects promoted.
+
+    Raises
+    ------
+    ValueError
+        If there is no tier, or two have one name.
     """
 
     def __init__(

@@ -80,6 +80,13 @@ class TransferAgent:
         """Allocate and register page-aligned, zeroed host memory of `nbytes` bytes.
 
         Physical pages are taken as they are first written, or at once if the memory is to be pinned for CUDA.
+
+        Raises
+        ------
+        TransferError
+            If the memory cannot be had or registered.
+        ValueError
+            If `nbytes` is below 1.
         """
         self._check_usable()
         if nbytes < 1:

@@ -22,6 +22,11 @@ class RangeAllocator:
         Bytes; rounded down to the alignment.
     alignment : int
         A power of two.
+
+    Raises
+    ------
+    ValueError
+        If the alignment is none, or the capacity smaller than it.
     """
 
     def __init__(self, capacity: int, alignment: int = 64) -> None:
@@ -57,7 +62,7 @@ class RangeAllocator:
         return -(-nbytes // self.alignment) * self.alignment
 
     def allocate(self, nbytes: int) -> int | None:
-        """Return the start of a free range of `nbytes` bytes, or None if no free range is large enough."""
+        """Return the start of a free range of `nbytes` (1 or more) bytes, or None if none is large enough."""
         if nbytes < 1:
             raise ValueError(f"cannot allocate {nbytes} bytes")
         needed = self.rounded(nbytes)

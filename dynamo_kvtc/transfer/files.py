@@ -55,7 +55,7 @@ class FileRegion:
         return ""
 
     def span(self, offset: int, nbytes: int) -> FileSpan:
-        """Return the span ``[offset, offset + nbytes)``."""
+        """Return the span ``[offset, offset + nbytes)``; a `ValueError` if it is not within the region."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(
                 f"span [{offset}, {offset + nbytes}) is outside {self.name} of {self.nbytes} bytes"

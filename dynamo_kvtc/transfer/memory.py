@@ -40,7 +40,13 @@ class MemoryRegion:
         return self.array.nbytes
 
     def span(self, offset: int = 0, nbytes: int | None = None) -> MemorySpan:
-        """Return the span ``[offset, offset + nbytes)``; to the end by default."""
+        """Return the span ``[offset, offset + nbytes)``, to the end by default.
+
+        Raises
+        ------
+        ValueError
+            If it is not within the region.
+        """
         length = self.nbytes - offset if nbytes is None else nbytes
         if offset < 0 or length < 0 or offset + length > self.nbytes:
             raise ValueError(f"span [{offset}, {offset + length}) is outside a region of {self.nbytes} bytes")
@@ -66,7 +72,7 @@ class MemorySpan:
         return self.region.array.data[self.offset : self.offset + self.nbytes]
 
     def slice(self, offset: int, nbytes: int) -> MemorySpan:
-        """Return a span within this one."""
+        """Return a span within this one; a `ValueError` if it is not."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(f"slice [{offset}, {offset + nbytes}) is outside a span of {self.nbytes} bytes")
         return MemorySpan(self.region, self.offset + offset, nbytes)

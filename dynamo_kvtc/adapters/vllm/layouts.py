@@ -33,7 +33,7 @@ Writer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def ordered_layers(kv_caches: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """Return layer names and tensors in the model's order, without layers that share another's cache."""
+    """Return layer names and vLLM's tensors in the model's order, without those that share another's."""
     seen: set[int] = set()
     layers = []
     for name in sorted(kv_caches, key=extract_layer_index):
@@ -48,6 +48,11 @@ def paged_cache(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layers: Sequence[tuple[str, torch.Tensor]]
 ) -> PagedKvCache:
     """Build the view of vLLM's cache.
+
+    Parameters
+    ----------
+    layers : Sequence[tuple[str, torch.Tensor]]
+        What `ordered_layers` returned: ``[blocks, heads, tokens, 2 * head_size]`` each.
 
     Raises
     ------

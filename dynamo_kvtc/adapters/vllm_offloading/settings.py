@@ -69,6 +69,11 @@ def read_config(path: object, chunk_tokens: int) -> Config:
 
     A chunk is one tier block, whatever ``policy.tier_block_tokens`` says. Raw objects lose nothing, so the
     recent window does not count for them.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file, or its settings do not fit.
     """
     if not isinstance(path, str) or not path:
         raise ConfigError('the tier needs "config": the path of a dynamo_kvtc configuration file (YAML)')
@@ -160,6 +165,16 @@ def page_places(cache: ModelCache, backend: str | None, *, blocks: int) -> Place
         vLLM's attention backend, where vLLM does not say: on every platform but the CPU.
     blocks : int
         Pages that follow one another.
+
+    Returns
+    -------
+    Places
+        int64 ``[tokens, heads, head_size]`` for keys and values: where in the run each element lies.
+
+    Raises
+    ------
+    ConfigError
+        If the backend is needed and not known.
     """
     geometry = cache.geometry
     shape = (cache.block_size, geometry.num_kv_heads, geometry.head_size)

@@ -280,7 +280,7 @@ class GpuDevice:
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
-        """Copy a host tensor to the device, ordered before the kernels that are launched next.
+        """Copy a host tensor of any shape to the device, ordered before the kernels that are launched next.
 
         Asynchronous where `host` is pinned, which then must not change until those kernels have begun;
         small unpinned tensors are staged by CUDA itself.
@@ -294,7 +294,10 @@ class GpuDevice:
         return copy
 
     def upload_all(self, parts: Sequence[torch.Tensor], starts: Sequence[int], total: int) -> torch.Tensor:
-        """Copy host tensors of bytes into one new tensor on the device, each at its start; see `upload`."""
+        """Copy host tensors of bytes into a new one on the device, uint8 ``[total]``; see `upload`.
+
+        Each begins at its start.
+        """
         if self.stream is None or self.upload_stream is None:
             return self._fill(torch.empty(total, dtype=torch.uint8), parts, starts)
         with torch.cuda.device(self.device), torch.cuda.stream(self.upload_stream):
@@ -305,7 +308,7 @@ class GpuDevice:
         return target
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor to the host behind what is launched; blocks the thread until it is there.
+        """Copy a tensor of any shape to the host behind what is launched; blocks until it is there.
 
         Raises
         ------

@@ -10,7 +10,7 @@ __all__ = ["as_tensor"]
 
 
 def as_tensor(buffer: Buffer) -> torch.Tensor:
-    """Return a uint8 tensor over writable memory; read-only memory is copied, as torch wants it writable."""
+    """Return uint8 ``[bytes]`` over writable memory; read-only memory is copied: torch wants it writable."""
     view = memoryview(buffer).cast("B")
     if not len(view):
         return torch.empty(0, dtype=torch.uint8)

@@ -20,14 +20,17 @@ __all__ = ["ScatterWork", "run_positions", "token_slots"]
 
 
 def token_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:
-    """Return each token's place, block * block_size + token in the block: int64; -1 for a block of -1."""
+    """Return each token's place, ``block * block_size + token in the block``, -1 for a block of -1.
+
+    int64 ``[len(block_ids) * block_size]`` on the CPU.
+    """
     blocks = torch.as_tensor(block_ids, dtype=torch.int64)
     slots = blocks[:, None] * block_size + torch.arange(block_size)
     return torch.where(blocks[:, None] >= 0, slots, -1).flatten()
 
 
 def run_positions(first: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-    """Return runs of consecutive positions: int64."""
+    """Return runs of consecutive positions: int64 ``[sum of counts]`` on the CPU."""
     return torch.cat([torch.arange(start, start + count) for start, count in zip(first, counts, strict=True)])
 
 

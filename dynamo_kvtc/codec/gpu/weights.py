@@ -85,6 +85,13 @@ class DeviceWeights:
     ) -> DeviceWeights:
         """Put weights on the device.
 
+        Parameters
+        ----------
+        components : torch.Tensor
+            int64 ``[stored]``: what `stored_components` returned.
+        pairs : torch.Tensor
+            The order of channels on the device, of `channel_pairs`.
+
         Raises
         ------
         LayoutError
