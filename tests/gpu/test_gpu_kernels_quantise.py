@@ -9,7 +9,6 @@ from synthetic import random_plan, random_rd_plan
 
 from dynamo_kvtc.codec import packing, rd_packing
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.kernels.pack_trits import pack_trits
 from dynamo_kvtc.codec.gpu.kernels.project_rd import quantise_symbols
 from dynamo_kvtc.codec.gpu.kernels.quantise_kvtc import quantise_groups
 from dynamo_kvtc.codec.gpu.kernels.rd_side_data import write_side_data
@@ -74,6 +73,7 @@ def test_kvtc_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...
 @example(tokens=(1,), seed=1)
 @example(tokens=(30, 17), seed=2)
 @example(tokens=(10,), seed=3)
+@example(tokens=(140, 7), seed=4)
 def test_rd_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     plan = random_rd_plan(60, 0.5, generator)
@@ -99,16 +99,14 @@ def test_rd_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...],
     capacity = max(layout.max_escapes(count) for count in tokens)
     counts = torch.zeros_like(status)
     lists = torch.zeros((2, len(tokens), capacity), dtype=torch.int32, device=gpu.device)
-    trits = torch.empty((plan.counts[3], sum(tokens)), dtype=torch.int8, device=gpu.device)
     tiles = RowTiles.make(gpu, plan.counts, 32)
     nibbles = (levels.int() - MIN_LEVEL).to(gpu.device)
     with gpu.active():
         factors = (scales(levels) / torch.tensor(plan.step)).to(gpu.device)
         quantise_symbols(
-            gpu, c.to(gpu.device), factors, plan.rounding.to(gpu.device), tiles, sections, payload, trits,
+            gpu, c.to(gpu.device), factors, plan.rounding.to(gpu.device), tiles, sections, payload,
             (counts, lists[0], lists[1]), status,
         )  # fmt: skip
-        pack_trits(gpu, trits, plan.counts, sections, payload)
         write_side_data(gpu, nibbles, (counts, lists[0], lists[1]), sections, payload)
         result, found = payload.cpu(), counts.tolist()
     assert not status.any()

@@ -203,7 +203,8 @@ class GpuCodec(PagedCodec):
             with gpu.stage("gather"):
                 unrotate = rotation_tables(gpu, rope, positions, geometry.head_size, inverse=True)
             status = torch.zeros(len(blocks), dtype=torch.int32, device=self.device)
-            sides, sections, total = [], [], 0
+            sides, total = [], 0
+            sections: list[Sections] = []
             for group in range(len(self.layer_groups)):
                 for kind in _SIDES:
                     side, offsets = self._resident.side(group, kind, plan_id), []
@@ -211,7 +212,8 @@ class GpuCodec(PagedCodec):
                         offsets.append(total + side.symbols_offset(tokens))
                         total += side.slab_bytes(tokens)
                     sides.append(side)
-                    sections.append(Sections.make(gpu, coded, offsets))
+                    section = sections[0].at(offsets) if sections else Sections.make(gpu, coded, offsets)
+                    sections.append(section)
             payload = torch.empty(total, dtype=torch.uint8, device=self.device)
             # One buffer for the rows of every side, one after the other.
             widest = max(layers.count for layers in self.layer_groups) * geometry.layer_size

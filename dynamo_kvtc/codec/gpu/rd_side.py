@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.kernels.pack_trits import pack_trits
 from dynamo_kvtc.codec.gpu.kernels.products import BLOCK_R
 from dynamo_kvtc.codec.gpu.kernels.project_rd import project_symbols
 from dynamo_kvtc.codec.gpu.kernels.rd_side_data import write_side_data
@@ -67,12 +66,10 @@ class RdGpuSide(GpuSide):
         counts = torch.zeros_like(status)
         lists = torch.zeros((2, blocks, capacity), dtype=torch.int32, device=rows.device)
         escapes = (counts, lists[0], lists[1])
-        trits = rows.new_empty((self.layout.counts[3], sections.columns), dtype=torch.int8)
         project_symbols(
             self._gpu, self.weights.forward, rows, factors, self._rounding, self._tiles, sections, payload,
-            trits, escapes, status,
+            escapes, status,
         )  # fmt: skip
-        pack_trits(self._gpu, trits, self.layout.counts, sections, payload)
         write_side_data(self._gpu, nibbles, escapes, sections, payload)
         return counts
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.trit_tiles import TritTiles
+from dynamo_kvtc.codec.rd_plan import SymbolClass
 
 __all__ = ["RowTiles", "Sections"]
 
@@ -33,6 +35,7 @@ class Sections:
     table: torch.Tensor
     _gpu: GpuDevice
     _token_tiles: dict[int, torch.Tensor] = field(default_factory=dict)
+    _trit_tiles: dict[int, TritTiles] = field(default_factory=dict)
 
     @classmethod
     def make(cls, gpu: GpuDevice, counts: Sequence[int], offsets: Sequence[int]) -> Sections:
@@ -43,6 +46,12 @@ class Sections:
             first += count
         table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         return cls(tuple(counts), tuple(offsets), gpu.upload(table), gpu)
+
+    def at(self, offsets: Sequence[int]) -> Sections:
+        """Return sections of the same tokens with payloads elsewhere; they share tables of tiles."""
+        moved = self.make(self._gpu, self.counts, offsets)
+        moved._token_tiles, moved._trit_tiles = self._token_tiles, self._trit_tiles
+        return moved
 
     @property
     def columns(self) -> int:
@@ -65,6 +74,12 @@ class Sections:
             self._token_tiles[block] = self._gpu.upload(table)
         return self._token_tiles[block]
 
+    def trit_tiles(self, block: int) -> TritTiles:
+        """Return tiles of at most `block` tokens for ternary symbols, which may cross tier blocks."""
+        if block not in self._trit_tiles:
+            self._trit_tiles[block] = TritTiles.make(self._gpu, self.counts, block)
+        return self._trit_tiles[block]
+
 
 @dataclass(frozen=True, eq=False)
 class RowTiles:
@@ -78,11 +93,14 @@ class RowTiles:
         Rows of a tile.
     table : torch.Tensor
         int32 ``[tiles, 3]`` on the device: class, first row, one past the last.
+    ternary : int
+        Tiles of the last class, at the end of the table.
     """
 
     counts: tuple[int, ...]
     block: int
     table: torch.Tensor
+    ternary: int
 
     @classmethod
     def make(cls, gpu: GpuDevice, counts: tuple[int, ...], block: int) -> RowTiles:
@@ -94,4 +112,5 @@ class RowTiles:
             tiles += [(kind, first, min(first + chosen, stop)) for first in range(start, stop, chosen)]
             start = stop
         table = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3)
-        return cls(counts, chosen, gpu.upload(table))
+        ternary = -(-counts[SymbolClass.TRIT] // chosen)
+        return cls(counts, chosen, gpu.upload(table), ternary)

@@ -41,6 +41,9 @@ _ROTATION_BYTES = 24
 #: Bytes of a token's place, owner, position, importance, scale and level.
 _INDEX_BYTES = 48
 
+#: Bytes of a token's place among bytes of ternary symbols (`TritTiles`).
+_TRIT_BYTES = 16
+
 
 def _plan(side: Any, plan_id: int) -> RdLayout | SectionLayout:
     plan = side.plans[plan_id]
@@ -67,8 +70,8 @@ def encode_bytes(
     """Return the bytes of device memory that a batch takes while it is encoded.
 
     Of the side in work: centred rows in bfloat16, what leaves the product unpacked (float32 coefficients with
-    kvtc, a byte for each ternary symbol with rd), importance sums, lists of escapes. Of all sides: payloads,
-    their copy in aligned slots, the coder's slots, the image of the streams. Rotation tables and indices.
+    kvtc, nothing with rd), importance sums, lists of escapes. Of all sides: payloads, their copy in aligned
+    slots, the coder's slots, the image of the streams. Rotation tables and indices.
 
     Parameters
     ----------
@@ -84,7 +87,7 @@ def encode_bytes(
     for side, layout in zip(sides, layouts, strict=True):
         row = side.mean.numel()
         if isinstance(layout, RdLayout):
-            unpacked, sums = layout.counts[3], 4 * row // geometry.head_size
+            unpacked, sums = 0, 4 * row // geometry.head_size + _TRIT_BYTES
             lists = 8 * len(counts) * max(map(layout.max_escapes, counts))
         else:
             unpacked, sums, lists = 4 * stored_components(side, plan_id).numel(), 0, 0

@@ -37,7 +37,6 @@ class SideWork:
     row: int
     stored: int
     plain_bytes: float
-    ternary: int
     two_bases: bool
 
     @property
@@ -71,11 +70,11 @@ def describe_sides(parameters: AnyParameters, plan_id: int) -> list[SideWork]:
             plan = side.plans[plan_id]
             two = isinstance(plan, RdPlan)
             if two:
-                payload, ternary = RdLayout(plan.counts).payload_bounds(_STREAM_TOKENS)[0], plan.counts[3]
+                payload = RdLayout(plan.counts).payload_bounds(_STREAM_TOKENS)[0]
             else:
-                payload, ternary = SectionLayout.of(PlanQuantiser(plan)).payload_size(_STREAM_TOKENS), 0
+                payload = SectionLayout.of(PlanQuantiser(plan)).payload_size(_STREAM_TOKENS)
             stored = stored_components(side, plan_id).numel()
-            sides.append(SideWork(side.mean.numel(), stored, payload / _STREAM_TOKENS, ternary, two))
+            sides.append(SideWork(side.mean.numel(), stored, payload / _STREAM_TOKENS, two))
     return sides
 
 
@@ -117,8 +116,8 @@ def stage_work(
     plain = sum(side.plain_bytes for side in sides)
     operations = float(sum(2 * side.stored * side.row for side in sides))
     bases = sum(2 * side.padded * side.row for side in sides) / batch_tokens
-    # kvtc: float32 coefficients are written once and read twice; rd: ternary symbols take a second kernel.
-    between = sum(2 * side.ternary if side.two_bases else 12 * side.stored for side in sides)
+    # kvtc: float32 coefficients are written once and read twice.
+    between = sum(12 * side.stored for side in sides if not side.two_bases)
     coefficients = sum(2 * side.padded for side in sides)
     work = {
         "gather": StageWork(bytes=2 * raw),
