@@ -6,9 +6,11 @@
 #                      CUDA along, PyTorch's own CPU index is used if this is not given
 #   DEMO_ARGS=…        arguments of `dynamo-kvtc demo`
 #   PYTEST_ARGS=…      arguments of pytest
-#   REPLAY_ARGS=…     arguments of `python -m benchmarks.replay`
+#   REPLAY_ARGS=…      arguments of `python -m benchmarks.replay`
 #   QUALITY_ARGS=…     arguments of `python -m benchmarks.quality run`
 #   FUZZ_ARGS=…        arguments of `python -m benchmarks.fuzz`
+#   SOAK_ARGS=…        arguments of `python -m benchmarks.soak`
+#   CRASH_ARGS=…       arguments of `python -m benchmarks.crash`
 #   SIMULATION_ARGS=…  arguments of `python -m benchmarks.simulation`
 #   BENCH_GPU_ARGS=…   arguments of `dynamo-kvtc bench gpu`
 

@@ -68,7 +68,7 @@ def decode(body: bytes) -> dict[str, Any]:
     """
     try:
         message = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LookupServiceError(f"a lookup message is not JSON: {error}") from error
     if not isinstance(message, dict):
         raise LookupServiceError("a lookup message is not a JSON object")

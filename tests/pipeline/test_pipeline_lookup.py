@@ -206,6 +206,11 @@ def test_hashes_of_different_lengths_are_refused() -> None:
         frames.pack_hashes([b"x", b"yz"])
 
 
+def test_a_message_that_is_nested_too_deep_is_refused() -> None:
+    with pytest.raises(LookupServiceError, match="not JSON"):
+        frames.decode(b"[" * 100_000)
+
+
 def test_a_service_that_never_answers_stops_costing_each_request_its_deadline(path: Path) -> None:
     server = silent_server(path)
     now = [100.0]
