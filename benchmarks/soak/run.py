@@ -38,6 +38,7 @@ TIER_BLOCK = 64
 _PER_TIER_BLOCK = TIER_BLOCK // BLOCK_SIZE
 
 # Decisions are not what is tried here: the artifact is not fitted, so the guard would stop storing.
+# One thread decodes, so that on two cores the event loop is not measured while it waits for one of them.
 _CONFIG = """
 artifact: {artifact}
 codec: {{ratio: 10, compute_dtype: float32, threads: 1}}
@@ -50,7 +51,7 @@ tiers:
     segment_size: 1MiB
 policy: {{tier_block_tokens: 64, recent_window: 0, minimum_tokens: 0, decide: always, guard: {{share: 0}}}}
 transfer: {{staging: 4MiB, timeout: 10s}}
-pipeline: {{offload_queue: 64, decode_threads: 2, onboard_timeout: 20s}}
+pipeline: {{offload_queue: 64, decode_threads: 1, onboard_timeout: 20s}}
 observability: {{log_level: error}}
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["Part", "trace_onboard"]
+__all__ = ["Part", "prepare_tracing", "trace_onboard"]
 
 
 class Part(NamedTuple):
@@ -26,6 +26,12 @@ def _trace() -> Any:
     except ImportError:
         return None
     return trace
+
+
+def prepare_tracing() -> None:
+    """Do what the first span would otherwise do on the event loop: import, and look for a provider (5 ms)."""
+    if (trace := _trace()) is not None:
+        trace.get_tracer("dynamo_kvtc")
 
 
 def trace_onboard(

@@ -38,6 +38,7 @@ from dynamo_kvtc.errors import (
     MissingDependencyError,
 )
 from dynamo_kvtc.observability import configure_logging
+from dynamo_kvtc.observability.tracing import prepare_tracing
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.expose import expose
@@ -112,6 +113,7 @@ async def open_adapter(
     cores = len(os.sched_getaffinity(0))
     policy = offload_policy(config)
     policy.check_block_size(block_size)
+    await asyncio.to_thread(prepare_tracing)
     codec, encoders, artifact_id = await asyncio.to_thread(_codecs, config, geometry, rope)
     device_codec = await asyncio.to_thread(_device_codec, config, codec, device)
     async with AsyncExitStack() as opened:
