@@ -21,7 +21,7 @@ from dynamo_kvtc.codec.bitstream import (
     parse_header,
     write_stream,
 )
-from dynamo_kvtc.codec.entropy import DeflateCoder, StoreCoder
+from dynamo_kvtc.codec.entropy import DeflateCoder, RansCoder, StoreCoder
 from dynamo_kvtc.codec.open import open_codec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.errors import BitstreamError
@@ -103,7 +103,7 @@ def _pack(random: Random, header: StreamHeader, plains: list[bytearray]) -> list
     for group, layers in enumerate(header.layer_groups):
         for kind in dict.fromkeys(chunk.kind for chunk in header.chunks_of(group)):
             plain = bytes(rest.pop(0))
-            coder = random.choice((StoreCoder(), DeflateCoder()))
+            coder = random.choice((StoreCoder(), DeflateCoder(), RansCoder()))
             size = random.choice((coder.max_plain_size, 64 << 10, 512))
             chunks: list[EncodedChunk] = [
                 encode_chunk(plain[start : start + size], coder) for start in range(0, len(plain), size)

@@ -1,7 +1,7 @@
 """Entropy coders: the last, lossless step between a chunk's plain bytes and its stored bytes.
 
-Each chunk of a stream names its coder by id, so coders may be mixed and added. Two are part of the
-format (`docs/bitstream.md`): store and DEFLATE. Third parties add theirs through the entry-point group
+Each chunk of a stream names its coder by id, so coders may be mixed and added. Three are part of the
+format (`docs/bitstream.md`): store, DEFLATE and rANS. Third parties add theirs through the entry-point group
 `ENTRY_POINT_GROUP`; an entry point loads to a callable without arguments that returns an
 `EntropyCoder` with an id in `THIRD_PARTY_IDS`. Two coders may share an id only if each decodes
 everything that the other encodes.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from itertools import accumulate, groupby
@@ -22,40 +21,40 @@ from itertools import accumulate, groupby
 import numpy as np
 from isal import isal_zlib
 
-from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError, UnknownCoderError
+from dynamo_kvtc.codec.entropy_base import (
+    DEFLATE,
+    MAX_CHUNK_BYTES,
+    MAX_DEFLATE_CHUNK_BYTES,
+    MAX_RANS_CHUNK_BYTES,
+    RANS,
+    STORE,
+    THIRD_PARTY_IDS,
+    Buffer,
+    EntropyCoder,
+)
+from dynamo_kvtc.codec.rans import RansCoder
+from dynamo_kvtc.errors import EntropyDecodeError, UnknownCoderError
 
 __all__ = [
     "DEFLATE",
     "ENTRY_POINT_GROUP",
     "MAX_CHUNK_BYTES",
     "MAX_DEFLATE_CHUNK_BYTES",
+    "MAX_RANS_CHUNK_BYTES",
+    "RANS",
     "STORE",
     "THIRD_PARTY_IDS",
     "Buffer",
     "DeflateCoder",
     "EntropyCoder",
     "HuffmanCoder",
+    "RansCoder",
     "StoreCoder",
     "find_coder",
     "register_coder",
 ]
 
 _log = logging.getLogger(__name__)
-
-#: Coder id of plain bytes.
-STORE = 0
-
-#: Coder id of raw DEFLATE (RFC 1951), the interchange coder.
-DEFLATE = 1
-
-#: Plain bytes that a chunk of any coder may hold.
-MAX_CHUNK_BYTES = 16 * 1024 * 1024
-
-#: Plain bytes that a DEFLATE chunk may hold: what GPU decoders take as one unit of work.
-MAX_DEFLATE_CHUNK_BYTES = 64 * 1024
-
-#: Ids that coders outside this package may use; lower ones belong to the specification.
-THIRD_PARTY_IDS = range(128, 256)
 
 ENTRY_POINT_GROUP = "dynamo_kvtc.entropy_coders"
 
@@ -68,68 +67,6 @@ _MEM_LEVEL_MAX = 9
 
 # Share of zero bytes from which on shortening their runs gains more than it costs.
 _MANY_ZEROS = 0.8
-
-#: Bytes of any kind, contiguous.
-Buffer = bytes | bytearray | memoryview
-
-
-class EntropyCoder(ABC):
-    """Turns a chunk's plain bytes into fewer bytes and back.
-
-    Attributes
-    ----------
-    coder_id : int
-        Id in the chunk table, 0 to 255.
-    name : str
-        Name for people: in reports and messages.
-    max_plain_size : int
-        Bytes that one chunk may hold, at most `MAX_CHUNK_BYTES`.
-    """
-
-    coder_id: int
-    name: str
-    max_plain_size: int = MAX_CHUNK_BYTES
-
-    @abstractmethod
-    def encode(self, plain: Buffer) -> bytes:
-        """Encode one chunk; deterministic.
-
-        Raises
-        ------
-        SizeLimitError
-            If `plain` is longer than `max_plain_size`.
-        """
-
-    def encode_runs(self, plain: Buffer, runs: Sequence[int]) -> bytes:
-        """Encode one chunk of several runs of alike statistics; by default as if it were one run.
-
-        Parameters
-        ----------
-        runs : Sequence[int]
-            Sizes of the runs in bytes, at least one; their sum is the size of `plain`.
-        """
-        return self.encode(plain)
-
-    @abstractmethod
-    def decode(self, data: Buffer, plain_size: int) -> bytes:
-        """Decode one chunk, allocating little more than `plain_size` bytes whatever `data` holds.
-
-        Raises
-        ------
-        EntropyDecodeError
-            If `data` is not a stream of this coder, or decodes to other than `plain_size` bytes.
-        """
-
-    @abstractmethod
-    def max_encoded_size(self, plain_size: int) -> int:
-        """Return an upper bound of the bytes that `encode` returns for `plain_size` bytes."""
-
-    def _check_plain(self, plain: Buffer) -> None:
-        if len(plain) > self.max_plain_size:
-            raise SizeLimitError(
-                f"a {self.name} chunk holds at most {self.max_plain_size} bytes, not {len(plain)}; "
-                f"cut the payload into more chunks"
-            )
 
 
 class StoreCoder(EntropyCoder):
@@ -235,7 +172,8 @@ def _strategy(plain: memoryview) -> int:
 
 
 _lock = threading.Lock()
-_coders: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in (StoreCoder(), DeflateCoder())}
+_own = (StoreCoder(), DeflateCoder(), RansCoder())
+_coders: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in _own}
 _entry_points_loaded = False
 
 

@@ -15,6 +15,8 @@ from dynamo_kvtc.codec.entropy import (
     DEFLATE,
     MAX_CHUNK_BYTES,
     MAX_DEFLATE_CHUNK_BYTES,
+    MAX_RANS_CHUNK_BYTES,
+    RANS,
     STORE,
 )
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
@@ -55,6 +57,9 @@ CHECKSUM_BYTES = 8
 
 #: Bytes of an artifact id and of a binding.
 ID_BYTES = 32
+
+#: Largest plain chunks of coders that have limits of their own.
+_LIMITS = {DEFLATE: MAX_DEFLATE_CHUNK_BYTES, RANS: MAX_RANS_CHUNK_BYTES}
 
 #: Largest number of chunks in a stream.
 MAX_CHUNKS = 65_536
@@ -294,7 +299,7 @@ def _required_kinds(header: StreamHeader) -> tuple[SectionKind, ...]:
 
 
 def _check_chunk(chunk: Chunk) -> None:
-    limit = MAX_DEFLATE_CHUNK_BYTES if chunk.coder_id == DEFLATE else MAX_CHUNK_BYTES
+    limit = _LIMITS.get(chunk.coder_id, MAX_CHUNK_BYTES)
     _check_range("plain size of a chunk", chunk.plain_size, 0, limit)
     if chunk.coder_id == STORE:
         if chunk.stored_size != chunk.plain_size:

@@ -17,7 +17,7 @@ from golden_files import GOLDEN
 
 from benchmarks.fuzz.streams import seal_chunks, seal_header, sections
 from dynamo_kvtc.codec.bitstream import EncodedChunk, Section, SectionKind, parse_header, write_stream
-from dynamo_kvtc.codec.entropy import DEFLATE
+from dynamo_kvtc.codec.entropy import DEFLATE, RANS
 from dynamo_kvtc.codec.header import CHUNK_ENTRY_BYTES, FIXED_HEADER_BYTES
 from dynamo_kvtc.errors import (
     BadMagicError,
@@ -390,6 +390,36 @@ def deflate_that_reaches_back_before_its_start() -> bytes:
     bits = "1" + "10" + "0000001" + "00000" + "0000000"
     packed = int(bits[::-1], 2).to_bytes(-(-len(bits) // 8), "little")
     return with_section(0, SectionKind.KEYS, [EncodedChunk(DEFLATE, len(plain_keys()), packed + b"\0" * 4)])
+
+
+def with_rans(data: bytes) -> bytes:
+    return with_section(0, SectionKind.KEYS, [EncodedChunk(RANS, len(plain_keys()), data)])
+
+
+@attack(EntropyDecodeError)
+def rans_of_seventeen_tables() -> bytes:
+    return with_rans(b"\x11\0" + struct.pack("<16H", *[1] * 16) + bytes(40))
+
+
+@attack(EntropyDecodeError)
+def rans_whose_symbols_weigh_nothing() -> bytes:
+    return with_rans(b"\1\0" + struct.pack("<HHBB", 1, 0b11, 0x11, 0) + bytes(40))
+
+
+@attack(EntropyDecodeError)
+def rans_table_longer_than_its_chunk() -> bytes:
+    return with_rans(b"\1\0" + b"\xff" * 100)
+
+
+@attack(EntropyDecodeError)
+def rans_of_more_steps_than_bytes() -> bytes:
+    table = struct.pack("<HHBB", 1, 1, 15, 0)
+    return with_rans(b"\2\0\xff\xff" + table * 2 + bytes(40))
+
+
+@attack(EntropyDecodeError)
+def rans_that_ends_before_its_states() -> bytes:
+    return with_rans(b"\1\0" + struct.pack("<HHBB", 1, 1, 15, 0) + b"\0\0\1\0" * 20)
 
 
 @attack(ChunkTableError)

@@ -15,6 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import spec_rans
 import spec_rd
 import xxhash
 from spec_error import SpecError, require
@@ -107,7 +108,7 @@ def read_table(header: Header, data: bytes, num_chunks: int) -> None:
         first, count, kind, coder, reserved, *rest = struct.unpack_from("<HHBBHQIIQ", data, 128 + 32 * index)
         require(reserved == 0, "ReservedBitsError")
         chunk = Chunk(first, count, kind, coder, *rest)
-        require(chunk.plain <= (65536 if coder == 1 else 16777216), "SizeLimitError")
+        require(chunk.plain <= (65536 if coder in (1, 2) else 16777216), "SizeLimitError")
         require(
             chunk.stored == chunk.plain if coder == 0 else 0 < chunk.stored < chunk.plain, "ChunkTableError"
         )
@@ -151,6 +152,8 @@ def read_payload(data: bytes, chunks: list[Chunk], least: int, most: int) -> byt
 def decode_chunk(stored: bytes, chunk: Chunk) -> bytes:
     if chunk.coder == 0:
         return stored
+    if chunk.coder == 2:
+        return spec_rans.decode(stored, chunk.plain)
     require(chunk.coder == 1, "UnknownCoderError")
     inflate = zlib.decompressobj(wbits=-15)
     try:

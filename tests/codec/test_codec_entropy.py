@@ -14,17 +14,19 @@ from dynamo_kvtc.codec.entropy import (
     DEFLATE,
     MAX_CHUNK_BYTES,
     MAX_DEFLATE_CHUNK_BYTES,
+    RANS,
     STORE,
     DeflateCoder,
     EntropyCoder,
     HuffmanCoder,
+    RansCoder,
     StoreCoder,
     find_coder,
     register_coder,
 )
 from dynamo_kvtc.errors import EntropyDecodeError, SizeLimitError, UnknownCoderError
 
-CODERS = [StoreCoder(), DeflateCoder(), HuffmanCoder()]
+CODERS = [StoreCoder(), DeflateCoder(), HuffmanCoder(), RansCoder()]
 PAYLOADS = {
     "one byte": b"x",
     "zeros": bytes(65_536),
@@ -167,7 +169,8 @@ class XorCoder(EntropyCoder):
 
 class TestRegistry:
     def test_own_coders_are_found(self):
-        assert (find_coder(STORE).name, find_coder(DEFLATE).name) == ("store", "deflate")
+        found = [find_coder(coder_id).name for coder_id in (STORE, DEFLATE, RANS)]
+        assert found == ["store", "deflate", "rans"]
 
     def test_an_unknown_id_names_the_way_out(self, registry):
         with pytest.raises(UnknownCoderError, match=entropy.ENTRY_POINT_GROUP):

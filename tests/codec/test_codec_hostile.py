@@ -22,7 +22,7 @@ from dynamo_kvtc.errors import BitstreamError
 
 #: Small streams with all kinds of sections, coders and several layer groups.
 CASES = ("groups.plan7-sinks8", "groups.plan9-sinks16", "linear.only-sinks", "gqa.one-token", "yarn.raw",
-         "rd-groups.plan1", "rd-tiny.plan2-sinks8")  # fmt: skip
+         "rd-groups.plan1", "rd-tiny.plan2-sinks8", "groups.raw-rans")  # fmt: skip
 FIXED, ENTRY = 128, 32
 
 hostile = settings(max_examples=60, deadline=None)

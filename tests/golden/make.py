@@ -26,7 +26,7 @@ from golden_files import GOLDEN, from_json, parameter_file, plan, to_json  # noq
 from synthetic import make_block, make_parameters, make_rd_parameters  # noqa: E402
 
 from dynamo_kvtc.codec.base import KvCodec  # noqa: E402
-from dynamo_kvtc.codec.entropy import DeflateCoder  # noqa: E402
+from dynamo_kvtc.codec.entropy import DeflateCoder, RansCoder  # noqa: E402
 from dynamo_kvtc.codec.geometry import KvGeometry  # noqa: E402
 from dynamo_kvtc.codec.open import open_codec  # noqa: E402
 from dynamo_kvtc.codec.parameters import AnyParameters, GroupParameters, SideParameters  # noqa: E402
@@ -99,6 +99,8 @@ CASES = {
     "rd-groups.plan1": (1, 12, 128, 0, 8),
     "rd-tiny.one-token": (1, 1, 1_000_000, 0, 8),
     "rd-tiny.plan2-sinks8": (2, 7, 0, 1, 8),
+    "groups.raw-rans": (None, 41, 3, 0, 16),
+    "rd-groups.plan1-rans": (1, 301, 0, 4, 8),
 }
 
 
@@ -135,11 +137,16 @@ def rd_parameters(name: str) -> AnyParameters:
 def codec_for(case: str, parameters: AnyParameters) -> KvCodec:
     plan_id, _, _, _, sink_bits = CASES[case]
     if plan_id is None:
-        coder = DeflateCoder() if case.endswith("deflate") else None
+        coder = DeflateCoder() if case.endswith("deflate") else RansCoder() if case.endswith("rans") else None
         layer_groups = [group.layers for group in parameters.groups] if "as-artifact" in case else None
         return RawCodec(parameters.geometry, parameters.artifact_id, coder, layer_groups)
     return open_codec(
-        parameters, ratio=parameters.ratios[plan_id], sink_bits=sink_bits, compute_dtype="float32", threads=1
+        parameters,
+        ratio=parameters.ratios[plan_id],
+        sink_bits=sink_bits,
+        compute_dtype="float32",
+        threads=1,
+        coder=RansCoder() if case.endswith("rans") else None,
     )
 
 
@@ -154,8 +161,8 @@ def main() -> None:
             continue
         parameters = from_json(parameter_file(case).read_text())
         block = make_block(parameters, tokens, first_position=position, sink_tokens=sinks, seed=len(case))
-        if case.endswith("deflate"):
-            # Two bits of each number, so that DEFLATE has something to do.
+        if case.endswith(("raw-deflate", "raw-rans")):
+            # Two bits of each number, so that coders have something to do.
             block = replace(block, keys=block.keys.sign(), values=block.values.sign())
         (stream,) = codec_for(case, parameters).encode(
             [replace(block, binding=case.encode().ljust(32, b"-"))]
