@@ -9,11 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from typing import Any, Protocol
 
 import xxhash
 
-from dynamo_kvtc.codec.entropy import STORE, Buffer, EntropyCoder, find_coder
+from dynamo_kvtc.codec.entropy import STORE, Buffer, EntropyCoder, batch_of, find_coder
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.header import (
     ALIGNMENT,
@@ -51,6 +52,7 @@ __all__ = [
     "StreamHeader",
     "check_belongs",
     "encode_chunk",
+    "encode_chunks",
     "header_size",
     "pack_header",
     "parse_header",
@@ -114,11 +116,19 @@ def encode_chunk(plain: Buffer, coder: EntropyCoder, runs: Sequence[int] = ()) -
     SizeLimitError
         If `plain` is longer than the coder's chunks may be.
     """
-    if coder.coder_id != STORE:
-        data = coder.encode_runs(plain, runs or (len(plain),))
-        if len(data) < len(plain):
-            return EncodedChunk(coder.coder_id, len(plain), data)
-    return EncodedChunk(STORE, len(plain), plain)
+    return encode_chunks([(plain, runs or (len(plain),))], coder)[0]
+
+
+def encode_chunks(chunks: Sequence[tuple[Buffer, Sequence[int]]], coder: EntropyCoder) -> list[EncodedChunk]:
+    """Encode chunks, each with its runs; see `encode_chunk`."""
+    if coder.coder_id == STORE:
+        return [EncodedChunk(STORE, len(plain), plain) for plain, _ in chunks]
+    return [
+        EncodedChunk(coder.coder_id, len(plain), data)
+        if len(data) < len(plain)
+        else EncodedChunk(STORE, len(plain), plain)
+        for (plain, _), data in zip(chunks, coder.encode_many(chunks), strict=True)
+    ]
 
 
 def write_stream(header: StreamHeader, sections: Sequence[Section]) -> bytes:
@@ -189,7 +199,7 @@ def read_section(
             f"layer group {group} spans {stop - start} bytes of the stream, {len(view)} were given"
         )
 
-    def inflate(chunk: Chunk) -> Buffer:
+    def verified(chunk: Chunk) -> memoryview:
         first = chunk.offset - start
         end = first + chunk.stored_size
         stored = view[first:end]
@@ -197,17 +207,35 @@ def read_section(
             raise ChunkChecksumError(f"the chunk at byte {chunk.offset} is damaged; drop the stream")
         if any(view[end : align(end)]):
             raise ReservedBitsError(f"the padding behind the chunk at byte {chunk.offset} is not zero")
-        if chunk.coder_id == STORE:
-            return stored
-        plain = find_coder(chunk.coder_id).decode(stored, chunk.plain_size)
-        if len(plain) != chunk.plain_size:
-            raise EntropyDecodeError(
-                f"coder {chunk.coder_id} returned {len(plain)} of {chunk.plain_size} bytes"
-            )
-        return plain
+        return stored
 
+    def inflate(chunks: Sequence[Chunk]) -> Sequence[Buffer]:
+        return _decode_chunks(chunks, [verified(chunk) for chunk in chunks])
+
+    batches = mapper(inflate, _batches(header.chunks_of(group, kind)))
     # Joined rather than filled into a buffer of the stated size: memory is spent on decoded bytes alone.
-    return bytearray().join(mapper(inflate, header.chunks_of(group, kind)))
+    return bytearray().join(chain.from_iterable(batches))
+
+
+def _batches(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+    """Cut chunks into what one call decodes."""
+    for coder_id, found in groupby(chunks, key=lambda chunk: chunk.coder_id):
+        alike = list(found)
+        size = batch_of(coder_id)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _decode_chunks(chunks: Sequence[Chunk], stored: Sequence[memoryview]) -> Sequence[Buffer]:
+    """Decode chunks of one coder, whose stored bytes are verified."""
+    coder_id = chunks[0].coder_id
+    if coder_id == STORE:
+        return stored
+    sizes = [chunk.plain_size for chunk in chunks]
+    plains = find_coder(coder_id).decode_many(list(zip(stored, sizes, strict=True)))
+    for plain, size in zip(plains, sizes, strict=True):
+        if len(plain) != size:
+            raise EntropyDecodeError(f"coder {coder_id} returned {len(plain)} of {size} bytes")
+    return plains
 
 
 def parse_header(data: Buffer) -> StreamHeader:

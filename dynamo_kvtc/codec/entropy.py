@@ -50,6 +50,7 @@ __all__ = [
     "HuffmanCoder",
     "RansCoder",
     "StoreCoder",
+    "batch_of",
     "find_coder",
     "register_coder",
 ]
@@ -217,6 +218,12 @@ def find_coder(coder_id: int) -> EntropyCoder:
             f"(entry-point group {ENTRY_POINT_GROUP})"
         )
     return coder
+
+
+def batch_of(coder_id: int) -> int:
+    """Return how many chunks this coder decodes in one call; 1 if it is not known (yet)."""
+    coder = _coders.get(coder_id)
+    return coder.batch if coder else 1
 
 
 def _load_entry_points() -> None:

@@ -55,11 +55,14 @@ class EntropyCoder(ABC):
         Name for people: in reports and messages.
     max_plain_size : int
         Bytes that one chunk may hold, at most `MAX_CHUNK_BYTES`.
+    batch : int
+        Chunks that are best encoded or decoded in one call. With 1, callers give each chunk to a thread.
     """
 
     coder_id: int
     name: str
     max_plain_size: int = MAX_CHUNK_BYTES
+    batch: int = 1
 
     @abstractmethod
     def encode(self, plain: Buffer) -> bytes:
@@ -81,6 +84,10 @@ class EntropyCoder(ABC):
         """
         return self.encode(plain)
 
+    def encode_many(self, chunks: Sequence[tuple[Buffer, Sequence[int]]]) -> list[bytes]:
+        """Encode chunks, each with its runs as `encode_runs` takes them; what comes out is the same."""
+        return [self.encode_runs(plain, runs) for plain, runs in chunks]
+
     @abstractmethod
     def decode(self, data: Buffer, plain_size: int) -> bytes:
         """Decode one chunk, allocating little more than `plain_size` bytes whatever `data` holds.
@@ -90,6 +97,16 @@ class EntropyCoder(ABC):
         EntropyDecodeError
             If `data` is not a stream of this coder, or decodes to other than `plain_size` bytes.
         """
+
+    def decode_many(self, chunks: Sequence[tuple[Buffer, int]]) -> list[bytes]:
+        """Decode chunks, each to its plain size; what comes out is the same as of `decode`.
+
+        Raises
+        ------
+        EntropyDecodeError
+            If one of them cannot be decoded.
+        """
+        return [self.decode(data, plain_size) for data, plain_size in chunks]
 
     @abstractmethod
     def max_encoded_size(self, plain_size: int) -> int:

@@ -57,6 +57,7 @@ class RansCoder(EntropyCoder):
     coder_id = RANS
     name = "rans"
     max_plain_size = MAX_RANS_CHUNK_BYTES
+    batch = 16
 
     def encode(self, plain: Buffer) -> bytes:
         """Encode one chunk as one run."""

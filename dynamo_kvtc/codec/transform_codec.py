@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import ClassVar
 
 import numpy as np
@@ -29,7 +29,7 @@ from dynamo_kvtc.codec.bitstream import (
     SectionKind,
     StreamHeader,
     check_belongs,
-    encode_chunk,
+    encode_chunks,
     header_size,
     parse_header,
     read_section,
@@ -244,11 +244,12 @@ class TransformCodec(KvCodec):
         sizes = [sum(runs) for runs in chunks]
         view, stops = payload.data, accumulate(sizes)
         pieces = [view[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]
-        return _PendingSection(layers, kind, self._map(self._encode_chunk, zip(pieces, chunks, strict=True)))
+        together, pairs = self.coder.batch, list(zip(pieces, chunks, strict=True))
+        batches = [pairs[start : start + together] for start in range(0, len(pairs), together)]
+        return _PendingSection(layers, kind, chain.from_iterable(self._map(self._encode_chunks, batches)))
 
-    def _encode_chunk(self, piece: tuple[memoryview, Sequence[int]]) -> EncodedChunk:
-        plain, runs = piece
-        return encode_chunk(plain, self.coder, runs)
+    def _encode_chunks(self, pairs: Sequence[tuple[memoryview, Sequence[int]]]) -> list[EncodedChunk]:
+        return encode_chunks(pairs, self.coder)
 
     # --- decode ----------------------------------------------------------------------------------
 

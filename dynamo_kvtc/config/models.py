@@ -89,6 +89,10 @@ class CodecConfig(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the projections; auto is bfloat16 where the CPU multiplies it in hardware."""
 
+    entropy: Literal["deflate", "rans"] = "deflate"
+    """Entropy coder of what is written; both are read whatever this says. rans is made for GPUs, and on a CPU
+    takes many times as long. Unused by raw."""
+
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     """Threads that entropy-code chunks; by default one per core this process may use."""
 

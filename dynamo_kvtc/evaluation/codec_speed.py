@@ -15,7 +15,7 @@ import torch
 
 from dynamo_kvtc.codec import packing, rd_packing
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
-from dynamo_kvtc.codec.bitstream import encode_chunk, read_section, write_stream
+from dynamo_kvtc.codec.bitstream import encode_chunks, read_section, write_stream
 from dynamo_kvtc.codec.entropy import STORE
 from dynamo_kvtc.codec.importance import predict_levels
 from dynamo_kvtc.codec.quantiser import PlanQuantiser
@@ -32,7 +32,7 @@ _ENCODE_STAGES: _Stages = {
     "centre and project": (SideTransform.centre, SideTransform.project),
     "quantise": (PlanQuantiser.quantise, predict_levels, RdQuantiser.quantise),
     "pack": (packing.pack, rd_packing.pack),
-    "entropy coding": (encode_chunk,),
+    "entropy coding": (encode_chunks,),
     "assemble": (write_stream,),
 }
 _DECODE_STAGES: _Stages = {

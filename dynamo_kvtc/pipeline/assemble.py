@@ -14,6 +14,7 @@ import torch
 
 from dynamo_kvtc.calibration.artifact import Artifact, load_artifact
 from dynamo_kvtc.codec.base import KvCodec
+from dynamo_kvtc.codec.entropy import RansCoder
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.mixed import MixedCodec
 from dynamo_kvtc.codec.open import open_codec, open_gpu_codec
@@ -276,6 +277,7 @@ def _open(
         max_kl=max_kl,
         sink_bits=wanted.sink_bits,
         compute_dtype=wanted.compute_dtype,
+        coder=RansCoder() if wanted.entropy == "rans" else None,
         threads=wanted.threads or len(os.sched_getaffinity(0)),
     )
 

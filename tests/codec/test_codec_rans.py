@@ -1,6 +1,7 @@
 """The rANS coder: arrays against a byte at a time, close to the entropy, and only its own chunks are read."""
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_kvtc.codec import rans_reference
-from dynamo_kvtc.codec.entropy import MAX_RANS_CHUNK_BYTES, HuffmanCoder, RansCoder
+from dynamo_kvtc.codec.bitstream import (
+    Profile,
+    Section,
+    SectionKind,
+    StreamHeader,
+    encode_chunks,
+    parse_header,
+    read_section,
+    write_stream,
+)
+from dynamo_kvtc.codec.entropy import (
+    DEFLATE,
+    MAX_RANS_CHUNK_BYTES,
+    RANS,
+    STORE,
+    DeflateCoder,
+    HuffmanCoder,
+    RansCoder,
+)
+from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.rans_segments import LANES, MAX_SEGMENTS, segment_steps
 from dynamo_kvtc.codec.rans_tables import (
     MAX_TABLE_BYTES,
@@ -223,3 +243,25 @@ class TestHostileChunks:
             CODER.decode(data, MAX_RANS_CHUNK_BYTES + 1)
         with pytest.raises(SizeLimitError, match="rans"):
             CODER.encode(bytes(MAX_RANS_CHUNK_BYTES + 1))
+
+
+def test_a_section_of_many_chunks_and_coders_is_read():
+    """More chunks than one call takes, others between them, and chunks that did not shrink."""
+    rng = np.random.default_rng(8)
+    plains = [
+        rng.laplace(128, 2, 1_000 + index).clip(0, 255).astype(np.uint8).tobytes() for index in range(50)
+    ]
+    plains[7] = rng.bytes(1_007)
+    pairs = [(plain, (len(plain),)) for plain in plains]
+    chunks = encode_chunks(pairs[:40], CODER) + encode_chunks(pairs[40:44], DeflateCoder())
+    chunks += encode_chunks(pairs[44:], CODER)
+    assert [chunk.coder_id for chunk in chunks] == [RANS] * 7 + [STORE] + [RANS] * 32 + [DEFLATE] * 4 + [
+        RANS
+    ] * 6
+    header = StreamHeader(Profile.RAW, 0, bytes(32), KvGeometry(1, 8, 64), 0, 200, 0, 16, bytes(32))
+    stream = write_stream(header, [Section(LayerRange(0, 1), SectionKind.RAW, chunks)])
+    parsed = parse_header(stream)
+    payload = memoryview(stream)[slice(*parsed.group_span(0))]
+    with ThreadPoolExecutor(2) as pool:
+        for mapper in (map, pool.map):
+            assert read_section(parsed, 0, SectionKind.RAW, payload, mapper) == b"".join(plains)

@@ -186,7 +186,7 @@ def test_every_value_has_a_default() -> None:
     optional = {
         ".global",
         ".imagePullSecrets[].name",
-        *(f".codec.{name}" for name in ("max_kl", "sink_bits", "compute_dtype", "threads")),
+        *(f".codec.{name}" for name in ("max_kl", "sink_bits", "compute_dtype", "entropy", "threads")),
     }
     assert {place for place, _ in described(schema)} - optional <= set(leaves(values))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from random_rd import write_random_rd_artifact
 
+from dynamo_kvtc.codec.entropy import DEFLATE, RANS, STORE
 from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.config import Config, load_config
@@ -152,6 +153,23 @@ async def test_the_configuration_chooses_among_the_plans_of_an_artifact(
         (header,) = await adapter.headers(blocks.hashes)
         await adapter.onboard(blocks, cache).wait()
     assert (header.profile, header.plan_id) == (Profile.RD, plan_id)
+
+
+@pytest.mark.parametrize(("entropy", "coder_id"), [(None, DEFLATE), ("deflate", DEFLATE), ("rans", RANS)])
+async def test_the_configuration_chooses_the_entropy_coder(
+    tmp_path: Path, entropy: str | None, coder_id: int
+) -> None:
+    config = _rd_config(tmp_path, {"entropy": entropy} if entropy else {})
+    # Chunks must be long enough to shrink with either.
+    policy = config.policy.model_copy(update={"tier_block_tokens": 512})
+    config = config.model_copy(update={"policy": policy})
+    cache = PagedKvCache.from_layers([torch.randn(2, 32, 16, 2, 8) for _ in range(3)], "2BNHD")
+    blocks = SequenceBlocks([bytes([i]) for i in range(32)], list(range(32)))
+    async with await open_adapter(config, GEOMETRY, 16) as adapter:
+        assert (await adapter.offload(blocks, cache).wait()).stored == 1
+        (header,) = await adapter.headers(blocks.hashes)
+        await adapter.onboard(blocks, cache).wait()
+    assert {chunk.coder_id for chunk in header.chunks} - {STORE} == {coder_id}
 
 
 @pytest.mark.parametrize(

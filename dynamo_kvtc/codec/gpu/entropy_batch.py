@@ -9,11 +9,12 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from dynamo_kvtc.codec.bitstream import Mapper
-from dynamo_kvtc.codec.entropy import MAX_DEFLATE_CHUNK_BYTES, EntropyCoder
+from dynamo_kvtc.codec.entropy import DEFLATE, MAX_DEFLATE_CHUNK_BYTES, EntropyCoder
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.errors import MissingDependencyError, SizeLimitError
 
@@ -151,7 +152,9 @@ class HostBatchCoder(BatchCoder):
         """Encode chunks; see `BatchCoder.encode`."""
         host = self._gpu.download(plain).numpy().data
         pieces = [host[at : at + size] for at, size in zip(slots.offsets, slots.sizes, strict=True)]
-        coded = list(self._map(self._coder.encode, pieces))
+        pairs, together = [(piece, (len(piece),)) for piece in pieces], self._coder.batch
+        batches = [pairs[start : start + together] for start in range(0, len(pairs), together)]
+        coded = list(chain.from_iterable(self._map(self._coder.encode_many, batches)))
         offsets, total = [], 0
         for chunk in coded:
             offsets.append(total)
@@ -164,8 +167,8 @@ class HostBatchCoder(BatchCoder):
 
 
 def default_coder(gpu: GpuDevice, coder: EntropyCoder, mapper: Mapper = map) -> BatchCoder:
-    """Return what codes chunks: nvCOMP; the CPU's `coder` where it is missing, and in the interpreter."""
-    if gpu.is_interpreter:
+    """Return what codes chunks: nvCOMP where that is DEFLATE; else, and in the interpreter, `coder`."""
+    if gpu.is_interpreter or coder.coder_id != DEFLATE:
         return HostBatchCoder(gpu, coder, mapper)
     from dynamo_kvtc.codec.gpu.nvcomp_deflate import NvcompDeflate
 
