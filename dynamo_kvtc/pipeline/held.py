@@ -66,6 +66,11 @@ class HeldStreams:
         self._lock = threading.Lock()
 
     @property
+    def capacity(self) -> int:
+        """Bytes of the largest stream that fits if nothing else is held."""
+        return self._ranges.capacity
+
+    @property
     def taken_bytes(self) -> int:
         """Bytes that slots take."""
         return self._ranges.allocated_bytes

@@ -29,6 +29,10 @@ class LoadBuffer(ABC):
     """Slots for promised chunks. All but `fill` is called by the engine's thread."""
 
     @abstractmethod
+    def could_hold(self, nbytes: int) -> bool:
+        """Tell whether a chunk whose stored object has `nbytes` bytes fits into the empty buffer."""
+
+    @abstractmethod
     def reserve(self, nbytes: int) -> int | None:
         """Return a slot for a chunk whose stored object has `nbytes` bytes; None if there is no room now."""
 
@@ -94,6 +98,10 @@ class DecodedBuffer(LoadBuffer):
         self._buffer = PagedKvCache.from_layers(layers, "2BNHD")
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="kvtc-copy")
 
+    def could_hold(self, nbytes: int) -> bool:
+        """Return True: what is stored decodes to one size; see `LoadBuffer.could_hold`."""
+        return True
+
     def reserve(self, nbytes: int) -> int | None:
         """Return a free slot: all are of one size; see `LoadBuffer.reserve`."""
         return self._free.pop() if self._free else None
@@ -154,6 +162,10 @@ class HeldBuffer(LoadBuffer):
         self._count = adapter.blocks_per_tier_block
         self._held = held
         self._loads: set[Future[int]] = set()
+
+    def could_hold(self, nbytes: int) -> bool:
+        """Tell whether an object is no larger than the buffer; see `LoadBuffer.could_hold`."""
+        return nbytes <= self._held.capacity
 
     def reserve(self, nbytes: int) -> int | None:
         """Return a slot of this size; see `LoadBuffer.reserve`."""

@@ -133,6 +133,24 @@ def test_the_buffer_bounds_what_is_promised(tmp_path: Path) -> None:
         assert host.lookup(third, keys[3:]) == 2  # nobody counts on the others any more
 
 
+def test_an_object_that_no_room_is_enough_for_forgets_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_host(config(tmp_path)) as host:
+        context, keys = host.request("text/1", 4)
+        host.store(context, keys)
+        stored(host, keys)
+        assert host.lookup(context, keys[:3]) == 3
+        host.manager.on_request_finished(context)
+        # As a buffer of held streams answers for an object that is larger than the whole of it.
+        buffer = host.manager._shared.buffer
+        monkeypatch.setattr(buffer, "could_hold", lambda nbytes: False)
+        monkeypatch.setattr(buffer, "reserve", lambda nbytes: None)
+        again, keys = host.request("text/2", 4)
+        assert host.manager.lookup(keys[3], again) is LookupResult.MISS
+        assert host.lookup(again, keys[:3]) == 3  # they are in the buffer still
+
+
 def test_steps_are_held_back_while_every_request_waits_for_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

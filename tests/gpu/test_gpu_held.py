@@ -367,6 +367,8 @@ def test_the_room_bounds_what_is_promised(gpu: GpuDevice) -> None:
         host.buffer.release(slots[2])
         assert host.buffer.reserve(10_001) is not None
         assert host.buffer.reserve(10_000) is None
+        # Nothing need be forgotten for what would not fit into all of it.
+        assert host.buffer.could_hold(HELD_BYTES) and not host.buffer.could_hold(HELD_BYTES + 1)
 
 
 def test_where_the_cpu_decodes_chunks_wait_decoded(gpu: GpuDevice) -> None:

@@ -137,6 +137,8 @@ class KvtcOffloadingManager(OffloadingManager):  # type: ignore[misc]  # untyped
 
     def _reserve(self, nbytes: int) -> int | None:
         """Return a slot; for its room, chunks that nobody counts on are forgotten, longest unused first."""
+        if not self._shared.buffer.could_hold(nbytes):
+            return None
         slot = self._shared.buffer.reserve(nbytes)
         for key in [] if slot is not None else list(self._staged):
             staged = self._staged[key]
