@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-__all__ = ["in_time"]
+__all__ = ["in_time", "wait_out"]
 
 T = TypeVar("T")
 
@@ -55,6 +55,23 @@ async def in_time(
     if not done and task.cancelled():
         raise asyncio.TimeoutError
     return task.result()
+
+
+async def wait_out(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait for a future whatever happens, without cancelling it.
+
+    Returns
+    -------
+    asyncio.CancelledError or None
+        The cancellation of the caller that came meanwhile, for the caller to raise.
+    """
+    cancelled = None
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
 
 
 async def _end(task: asyncio.Future[Any]) -> None:

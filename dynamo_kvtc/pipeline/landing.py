@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.paged_codec import Completion
+from dynamo_kvtc.deadline import wait_out
 from dynamo_kvtc.tiers.threads import run_to_end
 
 __all__ = ["Landing"]
@@ -56,12 +57,7 @@ class Landing:
         if self._task is None:
             return
         self._coming.put_nowait(None)
-        cancelled: asyncio.CancelledError | None = None
-        while not self._task.done():
-            try:
-                await asyncio.wait([self._task])
-            except asyncio.CancelledError as error:
-                cancelled = error
+        cancelled = await wait_out(self._task)
         if not self._task.cancelled():
             self._task.exception()  # seen, also where the request has failed for another reason already
         if cancelled is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from dynamo_kvtc.deadline import wait_out
 
 __all__ = ["run_all", "run_to_end"]
 
@@ -42,7 +44,7 @@ async def run_all(
     stopped: BaseException | None = None
     results = []
     for index, future in enumerate(futures):
-        stopped = await _wait_out(future) or stopped
+        stopped = await wait_out(future) or stopped
         failure = None if future.cancelled() else future.exception()
         stopped = stopped or failure
         if stopped is None:
@@ -51,14 +53,3 @@ async def run_all(
     if stopped is not None:
         raise stopped
     return results
-
-
-async def _wait_out(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for a future whatever happens; return the cancellation that came meanwhile."""
-    cancelled = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return cancelled

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamo_kvtc.deadline import in_time
+from dynamo_kvtc.deadline import in_time, wait_out
 from dynamo_kvtc.errors import TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
 from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends
@@ -99,8 +99,17 @@ class TransferAgent:
         await self._register(region)
         self._memory.add(region)
         if pinned:
-            region.pinned = await asyncio.to_thread(pin, region.address, nbytes)
+            await self._pin(region)
         return region
+
+    async def _pin(self, region: MemoryRegion) -> None:
+        """Pin a region for CUDA; a cancelled caller waits until that is over, and the region goes."""
+        pinning = self._loop.run_in_executor(None, pin, region.address, region.nbytes)
+        stopped = await wait_out(pinning) or pinning.exception()
+        region.pinned = pinning.exception() is None and pinning.result()
+        if stopped is not None:
+            await self.free(region)
+            raise stopped
 
     async def free(self, region: MemoryRegion) -> None:
         """Deregister a region; its memory goes when nothing refers to it any more. Idempotent.
