@@ -299,4 +299,6 @@ def _words(name: str) -> str:
 def _shown(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return format_bytes(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
