@@ -66,6 +66,9 @@ def run(
         typer.Option(metavar="PROFILE=FOLDER", help="A ready artifact; others are calibrated and kept."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Small sizes, one model: a minute or two.")] = False,
+    contexts: Annotated[
+        int | None, typer.Option(help="Contexts of each length, in tasks that have lengths.", min=1)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="dtype of models and caches.")] = "float32",
     tier_block_tokens: Annotated[int, typer.Option(help="Tokens per stream.", min=16)] = 256,
     threads: Annotated[
@@ -78,8 +81,9 @@ def run(
     """Measure models, tasks and codecs, and write the report."""
     if threads is not None:
         torch.set_num_threads(threads)
+    plan = QUICK if quick else FULL
     request = RunRequest(
-        plan=QUICK if quick else FULL,
+        plan=plan.with_contexts(contexts) if contexts else plan,
         tasks=_names(tasks),
         codecs=_names(codecs),
         dtype=dtype,
@@ -90,6 +94,7 @@ def run(
     _open_folder(out)
     described: dict[str, Any] = {
         "quick": quick,
+        "contexts": contexts,
         "dtype": dtype,
         "tier_block_tokens": tier_block_tokens,
         "artifacts": {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from benchmarks.quality.artifacts import CalibrationPlan
 from benchmarks.quality.codecs import CODECS
@@ -38,6 +38,20 @@ class RunPlan:
         """Return a model's tasks: those with the given names, or by default those it solves."""
         own = self.by_model.get(model, self.tasks)
         return [own.get(name, self.tasks[name]) for name in names or own]
+
+    def with_contexts(self, number: int) -> RunPlan:
+        """Return the same plan with this many contexts of each length in the tasks that have lengths."""
+
+        def sized(tasks: dict[str, Task]) -> dict[str, Task]:
+            return {name: _with_contexts(task, number) for name, task in tasks.items()}
+
+        by_model = {model: sized(tasks) for model, tasks in self.by_model.items()}
+        return replace(self, tasks=sized(self.tasks), by_model=by_model)
+
+
+def _with_contexts(task: Task, number: int) -> Task:
+    sizes = [size.name for size in fields(task)]  # type: ignore[arg-type]
+    return replace(task, per_length=number) if "per_length" in sizes else task  # type: ignore[type-var]
 
 
 #: Everything. SmolLM2-135M is at chance in retrieval, tracking and copying, which then measure nothing.

@@ -147,6 +147,14 @@ def test_models_get_the_tasks_they_solve_unless_others_are_asked_for() -> None:
     assert retrieval is FULL.tasks["retrieval"]
 
 
+def test_more_contexts_are_a_longer_list_of_the_same() -> None:
+    plan = FULL.with_contexts(40)
+    [retrieval, needle] = plan.tasks_of("qwen-coder", ["retrieval", "needle"])
+    assert (retrieval.per_length, needle.per_length) == (40, 40)  # type: ignore[attr-defined]
+    assert plan.tasks["text"] == FULL.tasks["text"]
+    assert plan.tasks_of("smollm2", ["needle"]) == [needle]
+
+
 def test_names_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(EvaluationError, match="no codec 'zip'; known: none, fp8"):
         RunRequest(plan=FULL, codecs=["zip"])
