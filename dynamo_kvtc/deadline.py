@@ -70,7 +70,8 @@ async def wait_out(future: asyncio.Future[Any]) -> asyncio.CancelledError | None
         try:
             await asyncio.wait({future})
         except asyncio.CancelledError as error:
-            cancelled = error
+            # Its traceback holds this frame, and that the future's result.
+            cancelled = error.with_traceback(None)
     return cancelled
 
 

@@ -83,6 +83,8 @@ class OnboardHandle:
                 self._layers[layer].set_result(None)
 
     def _finish(self, error: OnboardError | None) -> None:
+        # A task that failed unexpectedly holds its frames.
+        self._task = None
         for future in (*self._layers, self._whole):
             if not future.done():
                 if error is None:

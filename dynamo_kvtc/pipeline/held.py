@@ -27,6 +27,7 @@ from dynamo_kvtc.pipeline.landing import Landing
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.tiers.base import TierKey
+from dynamo_kvtc.tracebacks import without_frames
 from dynamo_kvtc.transfer.allocator import RangeAllocator
 from dynamo_kvtc.transfer.memory import MemoryRegion
 
@@ -246,8 +247,7 @@ class HeldLoad:
             try:
                 await self._decode(adapter, self._streams.boundary)
             except Exception as error:
-                # Its frames hold what the device has opened.
-                failure: Exception | None = error.with_traceback(None)
+                failure: Exception | None = without_frames(error)
             else:
                 failure = None
             if failure is not None:

@@ -61,7 +61,10 @@ class Landing:
         if not self._task.cancelled():
             self._task.exception()  # seen, also where the request has failed for another reason already
         if cancelled is not None:
-            raise cancelled
+            try:
+                raise cancelled
+            finally:
+                del cancelled  # its traceback holds this frame
 
     async def _follow(self) -> None:
         while (item := await self._coming.get()) is not None:

@@ -47,6 +47,7 @@ from dynamo_kvtc.pipeline.units import Unit, cut_units
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
 from dynamo_kvtc.policy.priorities import times_spared
 from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.tracebacks import without_frames
 from dynamo_kvtc.transfer.staging import StagingPool
 
 __all__ = ["OnboardSettings", "Onboarder"]
@@ -182,7 +183,8 @@ class _Request:
         encoder = None if self._encoders is None else self._encoders.name_of(headers)
         ended = EndedOnboard(self._refs, headers, self._timeline, self._prefix.cause, encoder)
         ended.count(self._counters, self._speeds, self._codec.geometry.token_bytes)
-        self._handle._finish(self._prefix.error())
+        error = self._prefix.error()
+        self._handle._finish(None if error is None else without_frames(error))
 
     async def _in_turn(self) -> None:
         if self._refs:
@@ -250,6 +252,9 @@ class _Request:
         with self._timed("open", unit.group, unit.first, unit.count):
             batches = await run_all(self._executor, works)
             results = [result for batch in batches for result in batch]
+            for result in results:
+                if isinstance(result, KvtcError):
+                    without_frames(result)
             failed = next((i for i, one in enumerate(results) if isinstance(one, KvtcError)), None)
             if failed is not None:
                 self._prefix.end_before(unit.first + failed, results[failed])

@@ -51,5 +51,9 @@ async def run_all(
             results.append(future.result())
             on_result(index)
     if stopped is not None:
-        raise stopped
+        try:
+            raise stopped
+        finally:
+            # Its traceback holds this frame: what the works have returned must not stay with it.
+            del stopped, failure, future, futures, results
     return results

@@ -109,7 +109,10 @@ class TransferAgent:
         region.pinned = pinning.exception() is None and pinning.result()
         if stopped is not None:
             await self.free(region)
-            raise stopped
+            try:
+                raise stopped
+            finally:
+                del stopped, pinning, region  # its traceback holds this frame
 
     async def free(self, region: MemoryRegion) -> None:
         """Deregister a region; its memory goes when nothing refers to it any more. Idempotent.
