@@ -29,31 +29,39 @@ _ROW = 16
 #: Weight of each level. Level 0 is of symbols that do not occur; 2 to 15 grow from 1 to 512 in equal ratios.
 _WEIGHTS = np.array([0, 0, 1, 2, 3, 4, 7, 11, 18, 29, 46, 75, 121, 196, 317, 512], dtype=np.int64)
 
-#: What the largest frequency weighs: the largest weight, or up to almost a level less, whichever fits best.
-_SCALES = _WEIGHTS[-1] * (512.0 ** (1 / 13)) ** (-np.arange(4) / 4.0)
+#: 2**24 over what the largest frequency weighs: the largest weight, or up to almost a level less.
+_SCALES = np.rint(2.0**24 / 512 * 512.0 ** (np.arange(4) / 52.0)).astype(np.int64)
 
 
 def choose_levels(counts: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
     """Return the levels of symbols that occur so often: ``[256]``, 0 for those that do not.
 
+    All in integers: a GPU (`kernels/rans_write_table.py`) and any CPU choose the same.
+
     Parameters
     ----------
     counts : NDArray
-        ``[256]``, at least one of them not 0.
+        ``[256]``, at least one of them not 0, adding up to 65,536 at most.
     """
-    symbols = np.flatnonzero(counts)
-    own = counts[symbols]
-    wanted = own * (TOTAL / own.sum())
-    # Weights for each unit of frequency beyond the one that every symbol has: [scales].
-    scale = _SCALES / max(float(wanted.max()) - 1.0, 0.5)
-    reached = 1.0 + _WEIGHTS[1:] / scale[:, None]
-    borders = np.sqrt(reached[:, 1:] * reached[:, :-1])
-    levels = 1 + (wanted[None, :, None] > borders[:, None, :]).sum(axis=2)
-    found = np.zeros((len(scale), _SYMBOLS), dtype=np.uint8)
-    found[:, symbols] = levels
-    bits = -np.log2(frequencies_of(found)[:, symbols]) @ own
-    best: NDArray[np.uint8] = found[int(bits.argmin())]
+    own = counts.astype(np.int64)
+    total = own.sum()
+    # What each level stands for, in occurrences times 4,096: one slot, and its share of the others.
+    spare = np.maximum(TOTAL * own.max() - total, total // 2)
+    reached = total + (_WEIGHTS[1:] * spare * _SCALES[:, None] >> 24)
+    # The nearest in ratio, for each scale; below 2**60.
+    passed = (TOTAL * own[:, None]) ** 2 > (reached[:, 1:] * reached[:, :-1])[:, None, :]
+    levels = np.where(own > 0, 1 + passed.sum(axis=2), 0).astype(np.uint8)
+    saved = _log2(np.maximum(frequencies_of(levels), 1)) @ own
+    best: NDArray[np.uint8] = levels[int(saved.argmax())]
     return best
+
+
+def _log2(frequencies: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Return 4,096 times the logarithms of 1 to `TOTAL`, to .01: in integers, as they are everywhere."""
+    exponents = (frequencies[..., None] >= 1 << np.arange(1, TOTAL_BITS + 1)).sum(axis=-1)
+    rest = (frequencies.astype(np.int64) << TOTAL_BITS >> exponents) - TOTAL
+    found: NDArray[np.int64] = (exponents << TOTAL_BITS) + rest + (rest * (TOTAL - rest) * 1407 >> 24)
+    return found
 
 
 def frequencies_of(levels: NDArray[np.uint8]) -> NDArray[np.uint32]:
