@@ -155,16 +155,16 @@ class PendingBatch:
                 for part, escapes in zip(self.encoded, numbers[1:].tolist(), strict=True)
             ]
             pieces: list[list[_Piece] | KvtcError | None] = []
-            chunks: list[tuple[int, int]] = []
+            chunks: list[tuple[int, tuple[int, ...]]] = []
             for index, failed in enumerate(numbers[0].tolist()):
                 own = self._pieces(index, [span[index] for span in spans], chunks) if not failed else None
                 pieces.append(own)
             return self._assemble(pieces, chunks)
 
     def _pieces(
-        self, index: int, spans: Sequence[SectionSpan | None], chunks: list[tuple[int, int]]
+        self, index: int, spans: Sequence[SectionSpan | None], chunks: list[tuple[int, tuple[int, ...]]]
     ) -> list[_Piece] | KvtcError:
-        """Return a tier block's chunks and append those of the device to `chunks` as (start, size)."""
+        """Return a tier block's chunks and append those of the device to `chunks` as (start, runs)."""
         if any(span is None for span in spans):
             return EncodeRangeError(
                 "the block has more symbols beyond their classes than the format holds; keep it raw, and "
@@ -178,11 +178,12 @@ class PendingBatch:
         for part, span in zip(self.encoded, spans, strict=True):
             assert span is not None
             start = span.start
-            for size in span.chunk_sizes:
+            for runs in span.chunks:
+                size = sum(runs)
                 pieces.append(_Piece(part.layers, part.kind, STORE, size, size, source=len(chunks)))
-                chunks.append((start, size))
+                chunks.append((start, runs))
                 start += size
-            if not span.chunk_sizes:
+            if not span.chunks:
                 pieces.append(_Piece(part.layers, part.kind, STORE, 0, 0, data=b""))
             if part.kind is SectionKind.VALUES:
                 pieces += [piece for piece in sinks if piece.layers == part.layers]
@@ -209,15 +210,20 @@ class PendingBatch:
         return pieces
 
     def _assemble(
-        self, blocks: Sequence[list[_Piece] | KvtcError | None], chunks: Sequence[tuple[int, int]]
+        self,
+        blocks: Sequence[list[_Piece] | KvtcError | None],
+        chunks: Sequence[tuple[int, tuple[int, ...]]],
     ) -> list[EncodedStream | Exception]:
         """Entropy-code all chunks in one batch and put each stream's in their places."""
-        slots = place([size for _, size in chunks])
+        slots = place([sum(runs) for _, runs in chunks], [runs for _, runs in chunks])
         plain = self.payload.new_empty(slots.total)
         with self.gpu.stage("assemble"):
             copy_ranges(
                 self.gpu, self.payload, plain,
-                [(start, to, size) for (start, size), to in zip(chunks, slots.offsets, strict=True)],
+                [
+                    (start, to, size)
+                    for (start, _), to, size in zip(chunks, slots.offsets, slots.sizes, strict=True)
+                ],
             )  # fmt: skip
         with self.gpu.stage("deflate"):
             coded = self.coder.encode(plain, slots)

@@ -5,7 +5,6 @@ Planning is arithmetic on the host; all sizes are known before anything is launc
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from itertools import chain
 import torch
 
 from dynamo_kvtc.codec.bitstream import Mapper
-from dynamo_kvtc.codec.entropy import DEFLATE, MAX_DEFLATE_CHUNK_BYTES, EntropyCoder
+from dynamo_kvtc.codec.entropy import MAX_DEFLATE_CHUNK_BYTES, EntropyCoder
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.errors import MissingDependencyError, SizeLimitError
+from dynamo_kvtc.errors import SizeLimitError
 
-__all__ = ["SLOT_ALIGNMENT", "BatchCoder", "CodedBatch", "HostBatchCoder", "Slots", "default_coder", "place"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["SLOT_ALIGNMENT", "BatchCoder", "CodedBatch", "HostBatchCoder", "Slots", "place"]
 
 #: Bytes at whose multiples chunks begin in a batch; nvCOMP asks for no more.
 SLOT_ALIGNMENT = 16
@@ -36,24 +33,37 @@ class Slots:
         First byte, a multiple of `SLOT_ALIGNMENT`, and bytes of each chunk.
     total : int
         Bytes of the buffer.
+    runs : tuple[tuple[int, ...], ...]
+        Sizes of each chunk's runs of alike statistics; empty if none of them is known.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     total: int
+    runs: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def all_runs(self) -> tuple[tuple[int, ...], ...]:
+        """Runs of each chunk; the chunk itself where they are not known."""
+        return self.runs or tuple((size,) for size in self.sizes)
 
 
 def _up(size: int) -> int:
     return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def place(sizes: Sequence[int]) -> Slots:
+def place(sizes: Sequence[int], runs: Sequence[Sequence[int]] = ()) -> Slots:
     """Place chunks one after the other, each aligned.
+
+    Parameters
+    ----------
+    runs : Sequence[Sequence[int]], optional
+        Sizes of each chunk's runs.
 
     Raises
     ------
     SizeLimitError
-        If a chunk is empty or larger than a DEFLATE chunk may be.
+        If a chunk is empty or larger than a DEFLATE or rANS chunk may be.
     """
     offsets, total = [], 0
     for size in sizes:
@@ -63,7 +73,7 @@ def place(sizes: Sequence[int]) -> Slots:
             )
         offsets.append(total)
         total += _up(size)
-    return Slots(tuple(offsets), tuple(sizes), total)
+    return Slots(tuple(offsets), tuple(sizes), total, tuple(map(tuple, runs)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,16 +174,3 @@ class HostBatchCoder(BatchCoder):
             joined[at : at + len(chunk)] = chunk
         data = torch.frombuffer(joined, dtype=torch.uint8) if total else torch.empty(0, dtype=torch.uint8)
         return CodedBatch(self._gpu.upload(data), tuple(offsets), tuple(map(len, coded)))
-
-
-def default_coder(gpu: GpuDevice, coder: EntropyCoder, mapper: Mapper = map) -> BatchCoder:
-    """Return what codes chunks: nvCOMP where that is DEFLATE; else, and in the interpreter, `coder`."""
-    if gpu.is_interpreter or coder.coder_id != DEFLATE:
-        return HostBatchCoder(gpu, coder, mapper)
-    from dynamo_kvtc.codec.gpu.nvcomp_deflate import NvcompDeflate
-
-    try:
-        return NvcompDeflate(gpu)
-    except MissingDependencyError as error:
-        _log.warning("chunks are entropy-coded on the CPU, which is slower: %s", error)
-        return HostBatchCoder(gpu, coder, mapper)

@@ -14,10 +14,12 @@ import torch
 
 from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
 from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.entropy import RANS, DeflateCoder
 from dynamo_kvtc.codec.geometry import LayerRange
+from dynamo_kvtc.codec.gpu.coders import default_coder, device_decoders
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch, gather_sinks
-from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, default_coder
+from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder
 from dynamo_kvtc.codec.gpu.group_opener import GroupOpener
 from dynamo_kvtc.codec.gpu.kernels.gather import gather_rows
 from dynamo_kvtc.codec.gpu.opened import DeviceGroup, join_groups
@@ -54,7 +56,7 @@ class GpuCodec(PagedCodec):
     gpu : GpuDevice
         Where kernels run.
     coder : BatchCoder, optional
-        Codes DEFLATE chunks; nvCOMP's by default, the CPU's in the interpreter.
+        Encodes chunks, and decodes its own; by default the host's coder on the device (`coders.py`).
     staging_bytes : int
         Device memory for what is in flight; see `dynamo_kvtc.codec.gpu.staging`.
     block_tokens : int
@@ -78,6 +80,8 @@ class GpuCodec(PagedCodec):
         self.host, self._gpu, self.device, self.profile = host, gpu, gpu.device, host.profile
         self.parameters, self.geometry, self.layer_groups = host.parameters, host.geometry, host.layer_groups
         self._coder = coder or default_coder(gpu, host.coder, host.mapper)
+        # Sinks are few and coded on the CPU, where rANS is slow.
+        self._sink_coder = DeflateCoder() if host.coder.coder_id == RANS else host.coder
         self.budget = StagingBudget(staging_bytes)
         # Half of the budget: encoding and decoding, or two requests, go on side by side.
         each = [max(taken) for taken in zip(*self._token_bytes(block_tokens), strict=True)]
@@ -85,7 +89,9 @@ class GpuCodec(PagedCodec):
         #: Bytes of staging memory that a token takes while it is encoded or decoded, whichever is more.
         self.token_bytes = max(each)
         self._resident = Resident(gpu, self.parameters)
-        self._opener = GroupOpener(host, gpu, self._coder, self.budget, self._resident)
+        self._opener = GroupOpener(
+            host, gpu, device_decoders(gpu, self._coder), self.budget, self._resident
+        )
 
     def with_plan_of(self, codec: KvCodec) -> GpuCodec:
         """Return a codec that encodes with another plan; see `PagedCodec.with_plan_of`.
@@ -243,7 +249,7 @@ class GpuCodec(PagedCodec):
             self.budget,
             self._coder,
             SinkCodec(geometry, self.host.sink_bits),
-            self.host.coder,
+            self._sink_coder,
             gathered,
             [self.host.header(block) for block in blocks],
             status,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ class GroupOpener:
     ----------
     host : TransformCodec
         The CPU's codec of the same artifact; of any of its plans.
-    gpu, coder, resident
-        Where kernels run, what inflates chunks, and where the plans' tables lie.
+    gpu, decoders, resident
+        Where kernels run, what inflates chunks on the device, by coder, and where the plans' tables lie.
     budget : StagingBudget
         Device memory for what is in flight.
     """
@@ -43,11 +43,11 @@ class GroupOpener:
         self,
         host: TransformCodec,
         gpu: GpuDevice,
-        coder: BatchCoder,
+        decoders: Mapping[int, BatchCoder],
         budget: StagingBudget,
         resident: Resident,
     ) -> None:
-        self._host, self._gpu, self._coder = host, gpu, coder
+        self._host, self._gpu, self._decoders = host, gpu, decoders
         self._budget, self._resident = budget, resident
 
     def open_groups(
@@ -86,7 +86,7 @@ class GroupOpener:
         self, groups: Sequence[StoredGroup], group: int, plan_id: int
     ) -> list[DeviceGroup | KvtcError]:
         gpu, geometry, layers = self._gpu, self._host.geometry, self._host.layer_groups[group]
-        plan = plan_inflate(groups, self._coder.coder_id if self._coder.inflates else None)
+        plan = plan_inflate(groups, self._decoders)
         coded = [stored.header.num_tokens - stored.header.sink_tokens for stored in groups]
         batch = Batch()
         needed = decode_bytes(self._host.parameters, plan_id, group, coded, plan.total_bytes)
@@ -97,7 +97,7 @@ class GroupOpener:
             for stored in groups
         ]
         with self._budget.taken_by(batch, needed), gpu.active():
-            payload, check = inflate(gpu, self._coder, groups, plan, self._host.mapper)
+            payload, check = inflate(gpu, self._decoders, groups, plan, self._host.mapper)
             faults = torch.zeros(len(groups), dtype=torch.int32, device=gpu.device)
             coefficients = []
             for kind in _SIDES:

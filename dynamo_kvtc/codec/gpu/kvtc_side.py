@@ -57,7 +57,7 @@ class KvtcGpuSide(GpuSide):
     def spans(self, sections: Sections, escapes: Sequence[int]) -> list[SectionSpan | None]:
         """Return where each section lies; see `GpuSide.spans`."""
         return [
-            SectionSpan(offset, self.layout.chunk_sizes(tokens))
+            SectionSpan(offset, tuple((size,) for size in self.layout.chunk_sizes(tokens)))
             for tokens, offset in zip(sections.counts, sections.offsets, strict=True)
         ]
 

@@ -1,13 +1,13 @@
 """Stored bytes of one layer group of several streams to coefficients on the device.
 
 Checksums are verified on the CPU, over the compressed bytes in pinned memory, before they are uploaded:
-nvCOMP assumes valid input, and compressed bytes are few. What only shows in a payload (padding, numbers that
-no encoder writes) the kernels report (`dynamo_kvtc.codec.gpu.faults`).
+nvCOMP assumes valid input (rANS kernels do not), and compressed bytes are few. What only shows in a payload
+(padding, numbers that no encoder writes) the kernels report (`dynamo_kvtc.codec.gpu.faults`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,8 +116,9 @@ class InflatePlan:
         First byte and bytes of each stream's payload, by side, in the payload buffer.
     payload_bytes : int
         Size of that buffer.
-    source, plain : list[tuple[int, int]]
-        First byte and bytes of the chunks to inflate, in the uploaded buffer and in one of aligned slots.
+    source, plain : dict[int, list[tuple[int, int]]]
+        By coder, first byte and bytes of the chunks that the device decodes, in the uploaded buffer and in
+        one of aligned slots.
     plain_bytes : int
         Size of that buffer.
     from_plain, from_stored : list[tuple[int, int, int]]
@@ -136,8 +137,8 @@ class InflatePlan:
         default_factory=lambda: {k: [] for k in _SIDES}
     )
     payload_bytes: int = 0
-    source: list[tuple[int, int]] = field(default_factory=list)
-    plain: list[tuple[int, int]] = field(default_factory=list)
+    source: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    plain: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     plain_bytes: int = 0
     from_plain: list[tuple[int, int, int]] = field(default_factory=list)
     from_stored: list[tuple[int, int, int]] = field(default_factory=list)
@@ -155,13 +156,13 @@ def _up(size: int) -> int:
     return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def plan_inflate(groups: Sequence[StoredGroup], coder_id: int | None) -> InflatePlan:
+def plan_inflate(groups: Sequence[StoredGroup], coder_ids: Container[int]) -> InflatePlan:
     """Lay out a batch; sizes come from the headers.
 
     Parameters
     ----------
-    coder_id : int, optional
-        What the device inflates; None if the host inflates everything.
+    coder_ids : Container[int]
+        What the device decodes; the host does the rest.
     """
     plan = InflatePlan()
     for stored in groups:
@@ -173,9 +174,9 @@ def plan_inflate(groups: Sequence[StoredGroup], coder_id: int | None) -> Inflate
                 at, to, size = plan.starts[-1] + chunk.offset - base, plan.payload_bytes, chunk.plain_size
                 if chunk.coder_id == STORE:
                     plan.from_stored.append((at, to, size))
-                elif chunk.coder_id == coder_id:
-                    plan.source.append((at, chunk.stored_size))
-                    plan.plain.append((plan.plain_bytes, size))
+                elif chunk.coder_id in coder_ids:
+                    plan.source.setdefault(chunk.coder_id, []).append((at, chunk.stored_size))
+                    plan.plain.setdefault(chunk.coder_id, []).append((plan.plain_bytes, size))
                     plan.from_plain.append((plan.plain_bytes, to, size))
                     plan.plain_bytes += _up(size)
                 else:
@@ -191,7 +192,7 @@ def plan_inflate(groups: Sequence[StoredGroup], coder_id: int | None) -> Inflate
 
 def inflate(
     gpu: GpuDevice,
-    coder: BatchCoder,
+    decoders: Mapping[int, BatchCoder],
     groups: Sequence[StoredGroup],
     plan: InflatePlan,
     mapper: Mapper = map,
@@ -200,6 +201,8 @@ def inflate(
 
     Parameters
     ----------
+    decoders : Mapping[int, BatchCoder]
+        What the plan was made for, by coder.
     mapper : Mapper
         Runs what the host inflates.
 
@@ -211,7 +214,7 @@ def inflate(
     """
     device = gpu.device
     payload = torch.empty(plan.payload_bytes, dtype=torch.uint8, device=device)
-    check: Callable[[], None] = _sound
+    checks: list[Callable[[], None]] = []
     if plan.source or plan.from_stored:
         with gpu.stage("copy to device"):
             parts = [as_tensor(stored.payload) for stored in groups]
@@ -221,9 +224,11 @@ def inflate(
     if plan.source:
         slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
         with gpu.stage("inflate"):
-            check = coder.decode(
-                data, _slots(plan.source, plan.stored_bytes), slots, _slots(plan.plain, plan.plain_bytes)
-            )
+            for coder_id, source in plan.source.items():
+                target = _slots(plan.plain[coder_id], plan.plain_bytes)
+                checks.append(
+                    decoders[coder_id].decode(data, _slots(source, plan.stored_bytes), slots, target)
+                )
         with gpu.stage("unpack, dequantise"):
             copy_ranges(gpu, slots, payload, plan.from_plain)
     if plan.by_host:
@@ -234,11 +239,12 @@ def inflate(
                 host[at : at + size] = as_tensor(plain)
         with gpu.stage("copy to device"):
             copy_ranges(gpu, gpu.upload(host), payload, plan.from_host)
+
+    def check() -> None:
+        for sound in checks:
+            sound()
+
     return payload, check
-
-
-def _sound() -> None:
-    """Check nothing: there was nothing to inflate on the device, or the host has checked it."""
 
 
 def _slots(ranges: Sequence[tuple[int, int]], total: int) -> Slots:

@@ -82,7 +82,7 @@ class RdGpuSide(GpuSide):
                 continue
             side = self.layout.side_size(tokens, count)
             size = side + sum(self.layout.class_sizes(tokens))
-            chunks = tuple(sum(runs) for runs in self.layout.chunks(tokens, size))
+            chunks = tuple(map(tuple, self.layout.chunks(tokens, size)))
             spans.append(SectionSpan(offset - side, chunks))
         return spans
 

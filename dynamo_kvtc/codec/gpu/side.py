@@ -17,10 +17,10 @@ __all__ = ["GpuSide", "SectionSpan"]
 
 @dataclass(frozen=True, slots=True)
 class SectionSpan:
-    """Where one encoded section lies in the payload buffer: its first byte and its chunks' plain sizes."""
+    """Where one encoded section lies in the payload buffer: its first byte, and sizes of its chunks' runs."""
 
     start: int
-    chunk_sizes: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
 
 
 class GpuSide(ABC):

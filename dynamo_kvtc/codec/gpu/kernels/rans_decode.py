@@ -25,7 +25,7 @@ from dynamo_kvtc.codec.gpu.kernels.rans_lanes import (
 )
 from dynamo_kvtc.codec.gpu.kernels.rans_read_table import SLOT_WORDS, fill_slots, read_table
 
-__all__ = ["END", "TABLES", "decode_chunks", "decode_scratch_bytes"]
+__all__ = ["END", "TABLES", "decode_chunks", "make_scratch"]
 
 #: Bits of faults: segments, tables or first states that no encoder writes; words that run out or are left
 #: over, or states that do not end where they began.
@@ -122,17 +122,19 @@ def _decode_kernel(
         tl.store(faults + chunk, tl.where(fits, tl.where(wrong_end, _END, 0), _TABLES))
 
 
-def _programs(gpu: GpuDevice, chunks: int) -> int:
-    return gpu.grid(chunks, gpu.STREAMING)[0]
-
-
-def decode_scratch_bytes(gpu: GpuDevice, chunks: int) -> int:
-    """Return the bytes of scratch memory that `decode_chunks` takes."""
-    return 4 * SLOT_WORDS * _programs(gpu, chunks)
+def make_scratch(gpu: GpuDevice) -> torch.Tensor:
+    """Return memory for `decode_chunks`, for one launch at a time: int32 ``[programs, SLOT_WORDS]``."""
+    programs = gpu.programs * gpu.STREAMING
+    return torch.empty((programs, SLOT_WORDS), dtype=torch.int32, device=gpu.device)
 
 
 def decode_chunks(
-    gpu: GpuDevice, data: torch.Tensor, plain: torch.Tensor, chunks: torch.Tensor, faults: torch.Tensor
+    gpu: GpuDevice,
+    data: torch.Tensor,
+    plain: torch.Tensor,
+    chunks: torch.Tensor,
+    scratch: torch.Tensor,
+    faults: torch.Tensor,
 ) -> None:
     """Decode a batch.
 
@@ -141,12 +143,14 @@ def decode_chunks(
     data, plain : torch.Tensor
         uint8: stored bytes are read, plain ones written.
     chunks : torch.Tensor
-        int64 ``[chunks, 4]``: first stored byte (even), stored bytes, first plain byte, plain bytes (1 to
-        65,536).
+        int64 ``[chunks, 4]``: first stored byte (a multiple of 16; bytes up to the next multiple of it behind
+        the last one may be read as well), stored bytes, first plain byte, plain bytes.
+    scratch : torch.Tensor
+        What `make_scratch` returned.
     faults : torch.Tensor
         int32 ``[chunks]``, written: 0, or what is wrong with a chunk.
     """
     count = chunks.shape[0]
-    programs = _programs(gpu, count)
-    scratch = torch.empty((programs, SLOT_WORDS), dtype=torch.int32, device=data.device)
-    _decode_kernel[(programs,)](data, plain, chunks, scratch, faults, count, num_warps=1, num_stages=1)
+    _decode_kernel[gpu.grid(count, gpu.STREAMING)](
+        data, plain, chunks, scratch, faults, count, num_warps=1, num_stages=1
+    )

@@ -78,7 +78,7 @@ def _encode_step(states, position, words, found, reciprocal, inside, bit):
 @triton.jit
 def _encode_kernel(
     plain,
-    chunks,  # int64 [chunks, 5]: first plain byte, plain bytes, the slot's first byte, first segment, segments
+    chunks,  # int64 [chunks, 5]: first plain byte, plain bytes, slot's first byte, first segment, segments
     steps,  # int32 [segments]
     codes,  # int32 [segments, CODE_WORDS]
     tables,  # uint8 [segments, TABLE_BYTES]
@@ -124,20 +124,12 @@ def _encode_kernel(
                 symbol2 = _load_symbol(source, step - 6, first, lane, size)
                 symbol3 = _load_symbol(source, step - 7, first, lane, size)
                 left = tl.where(step * _LANES + lane < size, step + 1 - first, 0)
-                states, position = _encode_step(
-                    states, position, words, found0, reciprocal0, left > 0, bit
-                )
+                states, position = _encode_step(states, position, words, found0, reciprocal0, left > 0, bit)
                 # Only the chunk's last step may have lanes without a byte.
                 left = step + 1 - first + lane * 0
-                states, position = _encode_step(
-                    states, position, words, found1, reciprocal1, left > 1, bit
-                )
-                states, position = _encode_step(
-                    states, position, words, found2, reciprocal2, left > 2, bit
-                )
-                states, position = _encode_step(
-                    states, position, words, found3, reciprocal3, left > 3, bit
-                )
+                states, position = _encode_step(states, position, words, found1, reciprocal1, left > 1, bit)
+                states, position = _encode_step(states, position, words, found2, reciprocal2, left > 2, bit)
+                states, position = _encode_step(states, position, words, found3, reciprocal3, left > 3, bit)
             last = first
         whole = head + 2 * (end - position)
         tl.store(sizes + chunk, whole)

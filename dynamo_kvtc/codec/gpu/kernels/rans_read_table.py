@@ -1,4 +1,4 @@
-"""Frequency tables of rANS chunks: read, checked, and turned into one entry for each value of a state's low bits.
+"""Frequency tables of rANS chunks: read, checked, and turned into entries that a state's low bits choose.
 
 CPU reference: `rans_tables.read_table`.
 """

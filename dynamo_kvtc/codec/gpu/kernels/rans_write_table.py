@@ -109,9 +109,7 @@ def _tables_kernel(
         tl.store(code + _SYMBOLS + symbol, reciprocal.to(tl.int32, bitcast=True))
 
 
-def write_tables(
-    gpu: GpuDevice, counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def write_tables(gpu: GpuDevice, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Make the tables of segments that have a byte at least.
 
     Parameters
