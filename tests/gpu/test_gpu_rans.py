@@ -1,4 +1,4 @@
-"""rANS on the device: the CPU's bytes from the same segments, its verdict on damage, nothing touched around it."""
+"""rANS on the device: the CPU's bytes from the same segments, its verdict on damage, and no byte beyond."""
 
 from __future__ import annotations
 
@@ -105,14 +105,12 @@ def test_the_device_makes_the_chunks_of_the_cpu(gpu: GpuDevice, coder: RansBatch
             assert host[at : at + size] == wanted
             assert CPU.decode(wanted, len(data)) == data
     assert 4 <= shrunk < len(CHUNKS)
-    assert sum(len(expected_chunk(CHUNKS[-1])[:1]) for _ in range(1)) and expected_chunk(CHUNKS[-1])[0] > 1
+    assert expected_chunk(CHUNKS[-1])[0] > 1
 
 
 def test_the_device_reads_the_chunks_of_the_cpu(gpu: GpuDevice, coder: RansBatchCoder) -> None:
     plains = [b"".join(runs) for runs in CHUNKS]
-    coded = [
-        CPU.encode_runs(plain, [len(run) for run in runs]) for plain, runs in zip(plains, CHUNKS, strict=True)
-    ]
+    coded = [CPU.encode_runs(b"".join(runs), [len(run) for run in runs]) for runs in CHUNKS]
     assert max(data[0] for data in coded) > 1
     assert decoded_by(coder, gpu, coded, [len(plain) for plain in plains]) == plains
 
