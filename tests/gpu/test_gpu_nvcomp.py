@@ -12,8 +12,8 @@ import torch
 from isal import isal_zlib
 
 from dynamo_kvtc.codec.entropy import DEFLATE, MAX_DEFLATE_CHUNK_BYTES, HuffmanCoder, find_coder
-from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.coders import default_coder
+from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder, HostBatchCoder, Slots, place
 from dynamo_kvtc.errors import EntropyDecodeError, MissingDependencyError
 

@@ -162,7 +162,7 @@ class HostBatchCoder(BatchCoder):
         """Encode chunks; see `BatchCoder.encode`."""
         host = self._gpu.download(plain).numpy().data
         pieces = [host[at : at + size] for at, size in zip(slots.offsets, slots.sizes, strict=True)]
-        pairs, together = [(piece, (len(piece),)) for piece in pieces], self._coder.batch
+        pairs, together = list(zip(pieces, slots.all_runs, strict=True)), self._coder.batch
         batches = [pairs[start : start + together] for start in range(0, len(pairs), together)]
         coded = list(chain.from_iterable(self._map(self._coder.encode_many, batches)))
         offsets, total = [], 0

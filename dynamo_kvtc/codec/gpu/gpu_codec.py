@@ -89,9 +89,7 @@ class GpuCodec(PagedCodec):
         #: Bytes of staging memory that a token takes while it is encoded or decoded, whichever is more.
         self.token_bytes = max(each)
         self._resident = Resident(gpu, self.parameters)
-        self._opener = GroupOpener(
-            host, gpu, device_decoders(gpu, self._coder), self.budget, self._resident
-        )
+        self._opener = GroupOpener(host, gpu, device_decoders(gpu, self._coder), self.budget, self._resident)
 
     def with_plan_of(self, codec: KvCodec) -> GpuCodec:
         """Return a codec that encodes with another plan; see `PagedCodec.with_plan_of`.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.coders import default_coder
+from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
 from dynamo_kvtc.codec.gpu.stages import DECODE_STAGES, ENCODE_STAGES, StageClock
 from dynamo_kvtc.codec.gpu.staging import decode_bytes_per_token, encode_bytes_per_token
