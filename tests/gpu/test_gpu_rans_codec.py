@@ -1,4 +1,4 @@
-"""`GpuCodec` with rANS: streams of either side and of both coders in a batch, damage its own stream's alone."""
+"""`GpuCodec` with rANS: streams of either side, of both coders in a batch, damage its own stream's alone."""
 
 from __future__ import annotations
 

@@ -216,15 +216,19 @@ class PendingBatch:
     ) -> list[EncodedStream | Exception]:
         """Entropy-code all chunks in one batch and put each stream's in their places."""
         slots = place([sum(runs) for _, runs in chunks], [runs for _, runs in chunks])
-        plain = self.payload.new_empty(slots.total)
-        with self.gpu.stage("assemble"):
-            copy_ranges(
-                self.gpu, self.payload, plain,
-                [
-                    (start, to, size)
-                    for (start, _), to, size in zip(chunks, slots.offsets, slots.sizes, strict=True)
-                ],
-            )  # fmt: skip
+        if self.coder.needs_slots:
+            plain = self.payload.new_empty(slots.total)
+            with self.gpu.stage("assemble"):
+                copy_ranges(
+                    self.gpu, self.payload, plain,
+                    [
+                        (start, to, size)
+                        for (start, _), to, size in zip(chunks, slots.offsets, slots.sizes, strict=True)
+                    ],
+                )  # fmt: skip
+        else:
+            plain = self.payload
+            slots = replace(slots, offsets=tuple(start for start, _ in chunks), total=plain.numel())
         with self.gpu.stage("deflate"):
             coded = self.coder.encode(plain, slots)
         from_coded, from_plain, sizes, total = [], [], [], 0

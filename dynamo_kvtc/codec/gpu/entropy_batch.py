@@ -102,6 +102,9 @@ class BatchCoder(ABC):
     #: Whether `decode` inflates on the device. If not, the host inflates chunks before they are uploaded.
     inflates = True
 
+    #: Whether plain chunks must begin at multiples of `SLOT_ALIGNMENT`; if not, they stay where payloads are.
+    needs_slots = True
+
     @abstractmethod
     def encode_bytes(self, sizes: Sequence[int]) -> int:
         """Return the bytes of device memory that `encode` takes for chunks of these plain sizes."""
@@ -113,7 +116,7 @@ class BatchCoder(ABC):
         Parameters
         ----------
         plain : torch.Tensor
-            uint8 on the device; chunks lie as `slots` say.
+            uint8 on the device; chunks lie as `slots` say, anywhere where the coder needs no slots.
         """
 
     def decode(

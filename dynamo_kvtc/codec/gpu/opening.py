@@ -7,7 +7,7 @@ nvCOMP assumes valid input (rANS kernels do not), and compressed bytes are few. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,8 +117,8 @@ class InflatePlan:
     payload_bytes : int
         Size of that buffer.
     source, plain : dict[int, list[tuple[int, int]]]
-        By coder, first byte and bytes of the chunks that the device decodes, in the uploaded buffer and in
-        one of aligned slots.
+        By coder, first byte and bytes of the chunks that the device decodes, in the uploaded buffer, and in
+        one of aligned slots or, where the coder needs none, in the payload buffer.
     plain_bytes : int
         Size of that buffer.
     from_plain, from_stored : list[tuple[int, int, int]]
@@ -156,13 +156,13 @@ def _up(size: int) -> int:
     return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def plan_inflate(groups: Sequence[StoredGroup], coder_ids: Container[int]) -> InflatePlan:
+def plan_inflate(groups: Sequence[StoredGroup], decoders: Mapping[int, BatchCoder]) -> InflatePlan:
     """Lay out a batch; sizes come from the headers.
 
     Parameters
     ----------
-    coder_ids : Container[int]
-        What the device decodes; the host does the rest.
+    decoders : Mapping[int, BatchCoder]
+        What the device decodes, by coder; the host does the rest.
     """
     plan = InflatePlan()
     for stored in groups:
@@ -174,11 +174,14 @@ def plan_inflate(groups: Sequence[StoredGroup], coder_ids: Container[int]) -> In
                 at, to, size = plan.starts[-1] + chunk.offset - base, plan.payload_bytes, chunk.plain_size
                 if chunk.coder_id == STORE:
                     plan.from_stored.append((at, to, size))
-                elif chunk.coder_id in coder_ids:
+                elif chunk.coder_id in decoders:
+                    in_slot = decoders[chunk.coder_id].needs_slots
                     plan.source.setdefault(chunk.coder_id, []).append((at, chunk.stored_size))
-                    plan.plain.setdefault(chunk.coder_id, []).append((plan.plain_bytes, size))
-                    plan.from_plain.append((plan.plain_bytes, to, size))
-                    plan.plain_bytes += _up(size)
+                    plain = plan.plain.setdefault(chunk.coder_id, [])
+                    plain.append((plan.plain_bytes if in_slot else to, size))
+                    if in_slot:
+                        plan.from_plain.append((plan.plain_bytes, to, size))
+                        plan.plain_bytes += _up(size)
                 else:
                     plan.by_host.append((stored, chunk))
                     plan.from_host.append((plan.host_bytes, to, size))
@@ -225,18 +228,17 @@ def inflate(
         slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
         with gpu.stage("inflate"):
             for coder_id, source in plan.source.items():
-                target = _slots(plan.plain[coder_id], plan.plain_bytes)
-                checks.append(
-                    decoders[coder_id].decode(data, _slots(source, plan.stored_bytes), slots, target)
-                )
+                decoder, at = decoders[coder_id], _slots(source, plan.stored_bytes)
+                plain = slots if decoder.needs_slots else payload
+                checks.append(decoder.decode(data, at, plain, _slots(plan.plain[coder_id], plain.numel())))
         with gpu.stage("unpack, dequantise"):
             copy_ranges(gpu, slots, payload, plan.from_plain)
     if plan.by_host:
         with gpu.stage("inflate"):
             host = torch.zeros(plan.host_bytes, dtype=torch.uint8, pin_memory=gpu.stream is not None)
             inflated = mapper(lambda one: _plain(*one), plan.by_host)
-            for plain, (at, _, size) in zip(inflated, plan.from_host, strict=True):
-                host[at : at + size] = as_tensor(plain)
+            for found, (start, _, size) in zip(inflated, plan.from_host, strict=True):
+                host[start : start + size] = as_tensor(found)
         with gpu.stage("copy to device"):
             copy_ranges(gpu, gpu.upload(host), payload, plan.from_host)
 

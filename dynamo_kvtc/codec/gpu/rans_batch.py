@@ -15,7 +15,7 @@ import torch
 
 from dynamo_kvtc.codec.entropy import RANS
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.entropy_batch import SLOT_ALIGNMENT, BatchCoder, CodedBatch, Slots
+from dynamo_kvtc.codec.gpu.entropy_batch import SLOT_ALIGNMENT, BatchCoder, CodedBatch, Slots, place
 from dynamo_kvtc.codec.gpu.kernels.rans_count import count_bytes
 from dynamo_kvtc.codec.gpu.kernels.rans_decode import TABLES, decode_chunks, make_scratch
 from dynamo_kvtc.codec.gpu.kernels.rans_encode import encode_chunks
@@ -58,6 +58,7 @@ class RansBatchCoder(BatchCoder):
 
     coder_id = RANS
     name = "rANS"
+    needs_slots = False
 
     def __init__(self, gpu: GpuDevice) -> None:
         self._gpu = gpu
@@ -74,13 +75,16 @@ class RansBatchCoder(BatchCoder):
 
     def encode(self, plain: torch.Tensor, slots: Slots) -> CodedBatch:
         """Encode chunks; see `BatchCoder.encode`."""
-        gpu, coded = self._gpu, torch.empty(slots.total, dtype=torch.uint8, device=plain.device)
+        gpu, own_slots = self._gpu, place(slots.sizes)
+        coded = torch.empty(own_slots.total, dtype=torch.uint8, device=plain.device)
         chunks: list[tuple[int, ...]] = []
         steps: list[int] = []
         segments: list[tuple[int, int]] = []
-        for offset, size, runs in zip(slots.offsets, slots.sizes, slots.all_runs, strict=True):
+        for offset, size, runs, to in zip(
+            slots.offsets, slots.sizes, slots.all_runs, own_slots.offsets, strict=True
+        ):
             own = segments_of(size, runs)
-            chunks.append((offset, size, offset, len(steps), len(own)))
+            chunks.append((offset, size, to, len(steps), len(own)))
             at = 0
             for length in own:
                 segments.append((offset + at, min(LANES * length, size - at)))
@@ -100,7 +104,7 @@ class RansBatchCoder(BatchCoder):
         )
         found = gpu.download(sizes).tolist()
         # A chunk ends with its slot; one that has not shrunk is not there.
-        ends = (offset + -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT for offset, size, *_ in chunks)
+        ends = (*own_slots.offsets[1:], own_slots.total)
         return CodedBatch(
             coded, tuple(end - size for end, size in zip(ends, found, strict=True)), tuple(found)
         )
