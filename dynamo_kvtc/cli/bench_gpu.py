@@ -41,6 +41,7 @@ def command(
     layers_per_group: Annotated[
         int | None, typer.Option(help="Layers with one basis; by default calibration's.", min=1)
     ] = None,
+    entropy: Annotated[str, typer.Option(help="What chunks are coded with: deflate or rans.")] = "deflate",
     disk: Annotated[
         Path | None, typer.Option(help="Folder on the disk to measure; the temporary folder by default.")
     ] = None,
@@ -52,15 +53,18 @@ def command(
     chosen, wanted = find_shapes(shapes), tuple(dict.fromkeys(profiles.split(",")))
     if not set(wanted) <= {"rd", "kvtc"}:
         raise typer.BadParameter(f"{profiles!r} is not rd, kvtc or both", param_hint="--profiles")
+    if entropy not in ("deflate", "rans"):
+        raise typer.BadParameter(f"{entropy!r} is neither deflate nor rans", param_hint="--entropy")
     if prediction is not None:
-        report = predict(chosen, wanted, data_sheet(prediction), tokens)
+        report = predict(chosen, wanted, data_sheet(prediction), tokens, entropy)
     else:
         # Needs Triton, which a prediction does not.
         from dynamo_kvtc.evaluation.gpu.measure import GpuBenchSettings, bench_gpu
 
         settings = GpuBenchSettings(
-            wanted, tokens, tier_block_tokens, block_size, repetitions, sm_share, layers_per_group, disk
-        )
+            wanted, tokens, tier_block_tokens, block_size, repetitions, sm_share, layers_per_group, disk,
+            entropy,
+        )  # fmt: skip
         report = asyncio.run(bench_gpu(chosen, settings, note=print_note))
     if plot is not None:
         plot_roofline(report, plot)

@@ -19,6 +19,7 @@ from dynamo_kvtc.evaluation.gpu.made_up import PLAN_ID, make_up
 from dynamo_kvtc.evaluation.gpu.measure import GpuBenchSettings, bench_gpu
 from dynamo_kvtc.evaluation.gpu.plot import plot_roofline
 from dynamo_kvtc.evaluation.gpu.prediction import ASSUMPTIONS, predict
+from dynamo_kvtc.evaluation.gpu.rans_time import RANS_ASSUMPTIONS, rans_seconds
 from dynamo_kvtc.evaluation.gpu.rates import Rates, data_sheet
 from dynamo_kvtc.evaluation.gpu.report import GpuReport
 from dynamo_kvtc.evaluation.gpu.shapes import SHAPES, BenchShape, find_shapes
@@ -129,6 +130,31 @@ def test_a_prediction_is_its_assumptions() -> None:
         assert shape.relative_error is None
 
 
+def test_rans_is_predicted_from_its_chains() -> None:
+    rates = Rates("X", "data sheet", 132 * 4096 * 1e9, 1e12, 5e10, 4e10)  # a clock of 1 GHz
+    assumed = RANS_ASSUMPTIONS
+    sides = describe_sides(make_up(SHAPES[1], "rd", with_bases=False).parameters, PLAN_ID)
+    plain = sum(side.plain_bytes for side in sides)
+    # Few warps: a launch takes as long as one chunk, in each layer group.
+    few = rans_seconds("inflate", sides, 256, rates)
+    steps = 65_536 / 32
+    assert 0.5 < few / (5 * steps * assumed["inflate_cycles"] / 1e9) <= 1
+    # Many: what is issued bounds it.
+    tokens = 1 << 17
+    many = rans_seconds("deflate", sides, tokens, rates)
+    issued = tokens * plain / 32 * assumed["deflate_instructions"] / (132 * 4)
+    assert many == pytest.approx(issued / 1e9, rel=0.25)
+    report = predict(SHAPES[1:2], ["rd"], rates, entropy="rans")
+    (shape,) = report.shapes
+    assert shape.coder == "rANS"
+    stages = {stage.name: stage for stage in (*shape.encode.stages, *shape.decode.stages)}
+    assert stages["inflate"].seconds == pytest.approx(rans_seconds("inflate", sides, 8192, rates))
+    # No slots: payloads are neither copied into them nor out of them.
+    before = predict(SHAPES[1:2], ["rd"], rates).shapes[0]
+    assert before.encode.stages[3].bytes - shape.encode.stages[3].bytes == pytest.approx(2 * plain * 8192)
+    assert before.decode.stages[3].bytes - shape.decode.stages[3].bytes == pytest.approx(2 * plain * 8192)
+
+
 def test_shapes_are_the_models() -> None:
     nemo, rank = SHAPES[1], SHAPES[3]
     assert nemo.raw_bytes == 163_840  # 10.7 GB in 8 times 8K tokens
@@ -146,10 +172,10 @@ def test_shapes_are_the_models() -> None:
 
 def test_the_documentation_states_this_prediction_and_no_result() -> None:
     text = DOCS.read_text()
-    for device in ("H100", "H200"):
-        report: GpuReport = predict(SHAPES, ("rd", "kvtc"), data_sheet(device))
+    for device, entropy in (("H100", "deflate"), ("H200", "deflate"), ("H100", "rans")):
+        report: GpuReport = predict(SHAPES, ("rd", "kvtc"), data_sheet(device), entropy=entropy)
         assert markdown(tables(report)) in text, (
-            f"put in `dynamo-kvtc bench gpu --predict {device} --markdown`"
+            f"put in `dynamo-kvtc bench gpu --predict {device} --entropy {entropy} --markdown`"
         )
 
 
@@ -164,7 +190,11 @@ def test_command() -> None:
     assert result.exit_code == 0, result.output
     for word in ("predicted", "inflate", "published", "bases on the device"):
         assert word in result.stdout
+    result = CliRunner().invoke(app, [*arguments, "--entropy", "rans"])
+    assert result.exit_code == 0, result.output
+    assert "rANS" in result.stdout
     assert CliRunner().invoke(app, ["bench", "gpu", "--profiles", "x"]).exit_code == 2
+    assert CliRunner().invoke(app, ["bench", "gpu", "--entropy", "x"]).exit_code == 2
     assert CliRunner().invoke(app, ["bench"]).exit_code == 2
 
 

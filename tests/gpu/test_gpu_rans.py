@@ -193,7 +193,7 @@ def test_segments_are_whole_and_few(size: int, run: int) -> None:
     steps = segments_of(size, runs)
     assert sum(steps) == -(-size // 32)
     assert 1 <= len(steps) <= 16
-    assert len(steps) == 1 or min(steps) >= 64
+    assert len(steps) == 1 or min(steps) >= 32
     assert segments_of(size, ()) == [-(-size // 32)]
     if (run, size) == (6400, 65_536):
         assert steps[:10] == [200] * 9 + [248]

@@ -1,7 +1,8 @@
 """rANS on the GPU by kernels of our own, in batches, asynchronous on the codec's stream; needs no nvCOMP.
 
 Segments are cut where runs of alike statistics begin, before anything of the data is known. The CPU's coder
-looks at the data as well, so its chunks may be smaller; with the same segments both make the same bytes.
+looks at the data as well, so its chunks are smaller by a per cent or two (`docs/gpu.md`); from the same segments
+both make the same bytes.
 Everything is bounded by sizes that are known beforehand: a chunk's slot is as large as the chunk.
 """
 
@@ -25,8 +26,8 @@ from dynamo_kvtc.errors import EntropyDecodeError
 
 __all__ = ["RansBatchCoder", "segments_of"]
 
-#: Steps of the shortest segment of a chunk that has several: 2,048 bytes, of which a table takes 2 to 7 %.
-_LEAST_STEPS = 64
+#: Steps of the shortest segment of a chunk that has several: 1,024 bytes.
+_LEAST_STEPS = 32
 
 #: Bytes on the device for a segment (counts, codes, table, its size, steps, place) and a chunk (place, size).
 _SEGMENT_BYTES = 4 * SYMBOLS + 4 * CODE_WORDS + TABLE_BYTES + 4 + 4 + 16

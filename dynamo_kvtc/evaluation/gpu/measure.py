@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dynamo_kvtc.codec.entropy import RansCoder
 from dynamo_kvtc.codec.gpu.coders import default_coder
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
@@ -50,6 +51,8 @@ class GpuBenchSettings:
         Share of the SMs that the codec may take. Floors are for all of them.
     layers_per_group : int or None
         Layers with one basis; by default what calibration takes.
+    entropy : str
+        What chunks are coded with, ``"deflate"`` or ``"rans"``.
     disk : Path or None
         Folder on the disk to onboard from; the system's temporary folder if None.
     """
@@ -62,6 +65,7 @@ class GpuBenchSettings:
     sm_share: float = 1.0
     layers_per_group: int | None = None
     disk: Path | None = None
+    entropy: str = "deflate"
 
     def __post_init__(self) -> None:
         if self.tokens % self.tier_block_tokens or self.tier_block_tokens % self.block_size:
@@ -114,7 +118,7 @@ async def _bench_shape(
 ) -> ShapeReport:
     made = make_up(shape, profile, layers_per_group=settings.layers_per_group, device=gpu.device)
     parameters, tokens = made.parameters, settings.tokens
-    host = open_codec(parameters, ratio=RATIO)
+    host = open_codec(parameters, ratio=RATIO, coder=RansCoder() if settings.entropy == "rans" else None)
     clock = StageClock()
     timed = replace(gpu, clock=clock)
     coder, step = default_coder(timed, host.coder, host.mapper), settings.tier_block_tokens
@@ -130,7 +134,7 @@ async def _bench_shape(
     encode_stages, encode_s = bench.encode()
     decode_stages, decode_s = bench.decode()
     coded = sum(map(len, bench.streams)) / tokens
-    work = stage_work(shape, describe_sides(parameters, PLAN_ID), coded, tokens)
+    work = stage_work(shape, describe_sides(parameters, PLAN_ID), coded, tokens, slots=coder.needs_slots)
     # The pipeline's threads must not share a clock.
     plain = GpuCodec(host, gpu, staging_bytes=staging_bytes, block_tokens=step)
     plain.warm_up()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dynamo_kvtc.codec.gpu.stages import DECODE_STAGES, ENCODE_STAGES
 from dynamo_kvtc.evaluation.gpu.made_up import PLAN_ID, RATIO, make_up
+from dynamo_kvtc.evaluation.gpu.rans_time import RANS_ASSUMPTIONS, rans_seconds
 from dynamo_kvtc.evaluation.gpu.rates import Rates
 from dynamo_kvtc.evaluation.gpu.report import (
     PUBLISHED,
@@ -41,23 +42,40 @@ _KVTC_GAIN = 1.23
 
 
 def predict(
-    shapes: Sequence[BenchShape], profiles: Sequence[str], rates: Rates, tokens: int = 8192
+    shapes: Sequence[BenchShape],
+    profiles: Sequence[str],
+    rates: Rates,
+    tokens: int = 8192,
+    entropy: str = "deflate",
 ) -> GpuReport:
-    """Predict every shape under every profile; stages of the device one after the other, no host time."""
-    reports = [_predict(shape, profile, rates, tokens) for shape in shapes for profile in profiles]
-    return GpuReport(rates, {}, {"tokens": tokens, "assumptions": dict(ASSUMPTIONS)}, tuple(reports))
+    """Predict every shape under every profile; stages of the device one after the other, no host time.
+
+    Parameters
+    ----------
+    entropy : str
+        ``"deflate"`` (nvCOMP's) or ``"rans"``, which is assumed to gain as much.
+    """
+    reports = [_predict(shape, profile, rates, tokens, entropy) for shape in shapes for profile in profiles]
+    assumed = {**ASSUMPTIONS, **(RANS_ASSUMPTIONS if entropy == "rans" else {})}
+    return GpuReport(
+        rates, {}, {"tokens": tokens, "entropy": entropy, "assumptions": assumed}, tuple(reports)
+    )
 
 
-def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int) -> ShapeReport:
+def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int, entropy: str) -> ShapeReport:
     parameters = make_up(shape, profile, with_bases=False).parameters
     sides = describe_sides(parameters, PLAN_ID)
     layers = parameters.groups[0].layers.count
     plain = sum(side.plain_bytes for side in sides)
     coded = plain / _KVTC_GAIN if profile == "kvtc" else shape.raw_bytes / RATIO
-    work = stage_work(shape, sides, coded, tokens)
+    work = stage_work(shape, sides, coded, tokens, slots=entropy == "deflate")
     seconds: dict[str, float | None] = {
         name: _expected(name, own, plain, rates, tokens) for name, own in work.items()
     }
+    if entropy == "rans":
+        for name in ("deflate", "inflate"):
+            moved = tokens * work[name].bytes / (ASSUMPTIONS["memory_share"] * rates.memory)
+            seconds[name] = max(moved, rans_seconds(name, sides, tokens, rates))
     encode = direction(
         ENCODE_STAGES, work, seconds, rates, shape, tokens, sum(seconds[n] or 0.0 for n in ENCODE_STAGES)
     )
@@ -75,7 +93,7 @@ def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int) -> Shap
         shape.raw_bytes * tokens,
         shape.raw_bytes / coded,
         *describe_memory(parameters),
-        "nvCOMP DEFLATE",
+        "nvCOMP DEFLATE" if entropy == "deflate" else "rANS",
         None,
         encode,
         decode,

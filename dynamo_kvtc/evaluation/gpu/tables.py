@@ -60,6 +60,10 @@ def _verb(report: GpuReport) -> str:
     return "measured" if report.rates.source == "measured" else "predicted"
 
 
+def _coder(shapes: Sequence[ShapeReport]) -> str:
+    return ", rANS" if shapes[0].coder == "rANS" else ""
+
+
 def _stages(report: GpuReport, profile: str, shapes: Sequence[ShapeReport]) -> Table:
     measured = report.rates.source == "measured"
     rows = []
@@ -72,7 +76,7 @@ def _stages(report: GpuReport, profile: str, shapes: Sequence[ShapeReport]) -> T
             ]
             rows.append((f"{direction}: {stage.name}", *cells))
     share = ", share of it reached" if measured else ""
-    title = f"{report.rates.device}, {profile}, {_verb(report)}: ns a token (floor{share})"
+    title = f"{report.rates.device}, {profile}{_coder(shapes)}, {_verb(report)}: ns a token (floor{share})"
     return Table(title, ("stage", *(shape.shape for shape in shapes)), tuple(rows))
 
 
@@ -129,7 +133,7 @@ def _totals(report: GpuReport, profile: str, shapes: Sequence[ShapeReport]) -> T
         row("instead: raw copy at the link's rate, ms", *_ms(s.alternatives.raw_copy_s for s in shapes)),
         row("instead: prefill at the matrix rate, ms", *_ms(s.alternatives.recompute_s for s in shapes)),
     ]
-    title = f"{report.rates.device}, {profile}, {_verb(report)}"
+    title = f"{report.rates.device}, {profile}{_coder(shapes)}, {_verb(report)}"
     return Table(title, ("", *(shape.shape for shape in shapes)), tuple(rows))
 
 

@@ -21,13 +21,21 @@ from dynamo_kvtc.evaluation.gpu.made_up import PLAN_ID
 from dynamo_kvtc.evaluation.gpu.rates import Rates
 from dynamo_kvtc.evaluation.gpu.shapes import BenchShape
 
-__all__ = ["LINK_STAGES", "SideWork", "StageWork", "describe_memory", "describe_sides", "stage_work"]
+__all__ = [
+    "LINK_STAGES",
+    "STREAM_TOKENS",
+    "SideWork",
+    "StageWork",
+    "describe_memory",
+    "describe_sides",
+    "stage_work",
+]
 
 #: Stages that move bytes between host and device.
 LINK_STAGES = ("copy to host", "copy to device")
 
 #: Tokens of a stream, by which its bytes are taken: sizes round up to whole bytes per component.
-_STREAM_TOKENS = 256
+STREAM_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +78,11 @@ def describe_sides(parameters: AnyParameters, plan_id: int) -> list[SideWork]:
             plan = side.plans[plan_id]
             two = isinstance(plan, RdPlan)
             if two:
-                payload = RdLayout(plan.counts).payload_bounds(_STREAM_TOKENS)[0]
+                payload = RdLayout(plan.counts).payload_bounds(STREAM_TOKENS)[0]
             else:
-                payload = SectionLayout.of(PlanQuantiser(plan)).payload_size(_STREAM_TOKENS)
+                payload = SectionLayout.of(PlanQuantiser(plan)).payload_size(STREAM_TOKENS)
             stored = stored_components(side, plan_id).numel()
-            sides.append(SideWork(side.mean.numel(), stored, payload / _STREAM_TOKENS, two))
+            sides.append(SideWork(side.mean.numel(), stored, payload / STREAM_TOKENS, two))
     return sides
 
 
@@ -101,7 +109,12 @@ def describe_memory(
 
 
 def stage_work(
-    shape: BenchShape, sides: Sequence[SideWork], coded_bytes: float, batch_tokens: int
+    shape: BenchShape,
+    sides: Sequence[SideWork],
+    coded_bytes: float,
+    batch_tokens: int,
+    *,
+    slots: bool = True,
 ) -> dict[str, StageWork]:
     """Return the work of each stage of encoding and decoding, a token.
 
@@ -111,6 +124,8 @@ def stage_work(
         Bytes of streams a token.
     batch_tokens : int
         Tokens in one batch, among which reading the bases is divided.
+    slots : bool
+        Whether the entropy coder needs its chunks in aligned slots, as nvCOMP does.
     """
     raw = shape.raw_bytes
     plain = sum(side.plain_bytes for side in sides)
@@ -119,16 +134,17 @@ def stage_work(
     # kvtc: float32 coefficients are written once and read twice.
     between = sum(12 * side.stored for side in sides if not side.two_bases)
     coefficients = sum(2 * side.padded for side in sides)
+    moved = 2 * plain if slots else 0.0
     work = {
         "gather": StageWork(bytes=2 * raw),
         "project, quantise, pack": StageWork(operations, raw + bases + between + plain),
         "deflate": StageWork(bytes=plain + coded_bytes),
-        "assemble": StageWork(bytes=2 * plain + 2 * coded_bytes),
+        "assemble": StageWork(bytes=moved + 2 * coded_bytes),
         "copy to host": StageWork(link_bytes=coded_bytes),
         "verify": StageWork(),
         "copy to device": StageWork(link_bytes=coded_bytes),
         "inflate": StageWork(bytes=plain + coded_bytes),
-        "unpack, dequantise": StageWork(bytes=3 * plain + coefficients),
+        "unpack, dequantise": StageWork(bytes=moved + plain + coefficients),
         "inverse product, scatter": StageWork(operations, coefficients + bases + raw),
     }
     assert list(work) == [*ENCODE_STAGES, *DECODE_STAGES]
