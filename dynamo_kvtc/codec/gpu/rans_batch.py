@@ -2,7 +2,8 @@
 
 Segments are cut where runs of alike statistics begin, before anything of the data is known. The CPU's coder
 looks at the data as well, so its chunks are smaller by a per cent or two (`docs/gpu.md`); from the same
-segments both make the same bytes. Everything is bounded by sizes that are known beforehand: a chunk's slot is as large as the chunk.
+segments both make the same bytes. Everything is bounded by sizes that are known beforehand: a chunk's slot is
+as large as the chunk.
 """
 
 from __future__ import annotations
