@@ -31,6 +31,7 @@ from benchmarks.quality.tasks import TASKS, TextTask
 from dynamo_kvtc.calibration.artifact import load_artifact
 from dynamo_kvtc.calibration.models import load_model, resolve_model
 from dynamo_kvtc.cli.output import print_error, print_note, print_table, progress
+from dynamo_kvtc.codec.entropy import RansCoder
 from dynamo_kvtc.codec.rd import RdCodec
 from dynamo_kvtc.errors import EvaluationError, KvtcError
 from dynamo_kvtc.evaluation.environment import describe_environment
@@ -200,6 +201,7 @@ def packing_command(
     tier_block_tokens: Annotated[
         str, typer.Option(help="Comma-separated tokens per stream.")
     ] = "64,256,1024",
+    entropy: Annotated[str, typer.Option(help="Entropy coder: deflate or rans.")] = "deflate",
     per_domain: Annotated[int, typer.Option(help="Held-out documents of each domain.", min=1)] = 1,
     context_tokens: Annotated[int, typer.Option(help="Tokens of a document.", min=256)] = 2048,
     threads: Annotated[
@@ -210,6 +212,9 @@ def packing_command(
     """Hold what the streams of rd take against the order-0 entropy of their symbols."""
     chosen = _numbers(ratios, float)
     sizes = _numbers(tier_block_tokens, int)
+    if entropy not in ("deflate", "rans"):
+        raise EvaluationError(f"there is no entropy coder {entropy!r}: choose deflate or rans")
+    coder = RansCoder() if entropy == "rans" else None
     if threads is not None:
         torch.set_num_threads(threads)
     folder = resolve_model(model_spec(model))
@@ -230,16 +235,21 @@ def packing_command(
         found = packing.measure_packing(
             loaded,
             [
-                (ratio, RdCodec(parameters, ratio=ratio))
+                (ratio, RdCodec(parameters, ratio=ratio, coder=coder))
                 for ratio in chosen or sorted(parameters.ratios.values())
             ],
             TextTask(per_domain=per_domain, context_tokens=context_tokens).documents(loaded.tokenizer),
             sizes,
             lambda done, total: show("documents", done, total),
         )
-    print_table(packing.packing_table(found))
+    print_table(packing.packing_table(found, entropy))
     if out:
-        settings = {"model": model, "dtype": dtype, "artifact": parameters.artifact_id.hex()}
+        settings = {
+            "model": model,
+            "dtype": dtype,
+            "artifact": parameters.artifact_id.hex(),
+            "entropy": entropy,
+        }
         rows = [{**asdict(one), "excess": one.excess} for one in found]
         result = {"environment": describe_environment(), "settings": settings, "rows": rows}
         out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -109,8 +109,8 @@ def measure_packing(
     return [one.result(nominal, size, loaded) for (size, nominal), one in counts.items()]
 
 
-def packing_table(found: Sequence[Packed]) -> Table:
-    """Return a line for each plan and size of blocks."""
+def packing_table(found: Sequence[Packed], entropy: str) -> Table:
+    """Return a line for each plan and size of blocks; `entropy` names the coder."""
     lines = [
         (
             f"{one.nominal_ratio:g}x",
@@ -122,7 +122,7 @@ def packing_table(found: Sequence[Packed]) -> Table:
         for one in found
     ]
     columns = ("plan", "ratio", "tokens a stream", "above entropy", "of it table and padding")
-    return make_table("DEFLATE against order-0 entropy", columns, lines)
+    return make_table(f"{entropy} against order-0 entropy", columns, lines)
 
 
 def _blocks(keys: torch.Tensor, values: torch.Tensor, size: int) -> Iterator[TierBlock]:

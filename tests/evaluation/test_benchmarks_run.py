@@ -32,6 +32,15 @@ _FOLDER = Path(__file__).parents[2] / "benchmarks"
             },
             "onboard, encrypted / plain",
         ),
+        (
+            "entropy_cost",
+            {
+                f"{what}, {name}"
+                for what in ("coder encodes", "coder decodes", "encode", "decode")
+                for name in ("deflate", "rans")
+            },
+            "coder decodes, rans / deflate",
+        ),
         ("overlap", {"transfer alone", "decode alone", "onboard"}, "onboard / longer half"),
     ],
 )

@@ -25,7 +25,7 @@ from dynamo_kvtc.codec.header import SectionKind, header_size
 from dynamo_kvtc.codec.rd import RdCodec
 from dynamo_kvtc.codec.rd_packing import RdLayout, unpack
 from dynamo_kvtc.data import CALIBRATION_TEXTS
-from dynamo_kvtc.errors import ArtifactMismatchError
+from dynamo_kvtc.errors import ArtifactMismatchError, EvaluationError
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +90,11 @@ def test_command_measures_every_plan_with_every_size_of_blocks(
     with pytest.raises(ArtifactMismatchError, match="it has 4"):
         CliRunner().invoke(app, [*arguments, "--ratios", "5"], catch_exceptions=False)
     assert "not a list" in CliRunner().invoke(app, [*arguments, "--ratios", "five"]).output
+    with pytest.raises(EvaluationError, match="choose deflate or rans"):
+        CliRunner().invoke(app, [*arguments, "--entropy", "lzma"], catch_exceptions=False)
+    result = CliRunner().invoke(app, [*arguments, "--entropy", "rans"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert json.loads(out.read_text())["settings"]["entropy"] == "rans"
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "4x" in result.stdout
