@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from typing import Any, Protocol
 
 import xxhash
@@ -58,6 +58,7 @@ __all__ = [
     "parse_header",
     "peek_profile",
     "read_section",
+    "read_sections",
     "write_stream",
 ]
 
@@ -165,7 +166,14 @@ def write_stream(header: StreamHeader, sections: Sequence[Section]) -> bytes:
 def read_section(
     header: StreamHeader, group: int, kind: SectionKind, payload: Buffer, mapper: Mapper = map
 ) -> bytearray:
-    """Verify and inflate one section of one layer group.
+    """Verify and inflate one section of one layer group; see `read_sections`."""
+    return read_sections(header, group, (kind,), payload, mapper)[0]
+
+
+def read_sections(
+    header: StreamHeader, group: int, kinds: Sequence[SectionKind], payload: Buffer, mapper: Mapper = map
+) -> list[bytearray]:
+    """Verify and inflate sections of one layer group.
 
     Parameters
     ----------
@@ -173,8 +181,8 @@ def read_section(
         As `parse_header` returned it.
     group : int
         Index of the layer group.
-    kind : SectionKind
-        Which section; one that the group does not have reads as empty.
+    kinds : Sequence[SectionKind]
+        Which sections; one that the group does not have reads as empty.
     payload : Buffer
         The stream's bytes ``header.group_span(group)``.
     mapper : Mapper
@@ -182,8 +190,8 @@ def read_section(
 
     Returns
     -------
-    bytearray
-        The section's payload, ``header.section_size(group, kind)`` bytes.
+    list[bytearray]
+        The sections' payloads, ``header.section_size(group, kind)`` bytes each.
 
     Raises
     ------
@@ -212,9 +220,11 @@ def read_section(
     def inflate(chunks: Sequence[Chunk]) -> Sequence[Buffer]:
         return _decode_chunks(chunks, [verified(chunk) for chunk in chunks])
 
-    batches = mapper(inflate, _batches(header.chunks_of(group, kind)))
-    # Joined rather than filled into a buffer of the stated size: memory is spent on decoded bytes alone.
-    return bytearray().join(chain.from_iterable(batches))
+    sections = [header.chunks_of(group, kind) for kind in kinds]
+    batches = mapper(inflate, _batches([chunk for chunks in sections for chunk in chunks]))
+    plains = chain.from_iterable(batches)
+    # Joined rather than filled into buffers of the stated size: memory is spent on decoded bytes alone.
+    return [bytearray().join(islice(plains, len(chunks))) for chunks in sections]
 
 
 def _batches(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:

@@ -30,8 +30,9 @@ from dynamo_kvtc.errors import EntropyDecodeError
 __all__ = ["RansCoder"]
 
 #: States lie in [LOW, 2**32) between steps; the least one is the first of an encoder, the last of a decoder.
-_LOW = 1 << 16
-_WORD_BITS = 16
+_LOW = np.uint32(1 << 16)
+_WORD_SHIFT = np.uint32(16)
+_TOTAL_SHIFT = np.uint32(TOTAL_BITS)
 _SLOT = np.uint32(TOTAL - 1)
 
 #: From this shifted state on an encoder gives up a word: a symbol's frequency, shifted as far.
@@ -148,7 +149,7 @@ def _run_encoder(
         f = frequencies[step]
         full = np.greater_equal(x >> _FULL_BITS, f, out=given[step])
         words[step] = x  # its lowest 16 bits
-        x >>= full * np.uint32(_WORD_BITS)
+        x >>= full * _WORD_SHIFT
         quotient = x // f
         # (quotient << 12) + (x - quotient * f) + start
         x += quotient * (TOTAL - f)
@@ -232,25 +233,28 @@ def _run_decoder(
         ``[tables * 4096]``: of the symbol of each slot, and how far the slot lies behind the symbol's first.
     """
     x = np.stack([chunk.states for chunk in chunks])
-    # A word more, so that there is one to read where a chunk of a batch has none left.
+    # A word more, so that there is one to read where a chunk has none left.
     words = np.concatenate([*(chunk.words for chunk in chunks), np.zeros(1, dtype="<u2")]).astype(np.uint32)
     ends = np.cumsum([chunk.words.size for chunk in chunks])
-    next_word = ends - [chunk.words.size for chunk in chunks]
-    flat = x.reshape(-1)
+    last_word = (ends - [chunk.words.size for chunk in chunks] - 1)[:, None]
+    slot, found = np.empty_like(x), np.empty_like(x)
+    short, word = np.empty(x.shape, dtype=np.bool_), np.empty(x.shape, dtype=np.int64)
+    # The time goes into calls, so there are few, and none makes an array.
     for place in places:
-        place += (x & _SLOT).view(np.int32)
-        x >>= TOTAL_BITS
-        x *= frequencies[place]
-        x += offsets[place]
-        short = np.flatnonzero(flat < _LOW)
-        if not short.size:
-            continue
-        taken = np.bincount(short >> 5, minlength=len(chunks))
-        # Lane by lane in each chunk: how many words lanes before it have taken, from where the chunk stands.
-        at = np.arange(short.size) + np.repeat(next_word - (np.cumsum(taken) - taken), taken)
-        flat[short] = flat[short] << _WORD_BITS | words.take(at, mode="clip")
-        next_word += taken
-    if (next_word != ends).any() or (x != _LOW).any():
+        np.bitwise_and(x, _SLOT, slot)
+        np.add(place, slot.view(np.int32), place)
+        np.right_shift(x, _TOTAL_SHIFT, x)
+        np.multiply(x, frequencies.take(place, None, found, "clip"), x)
+        np.add(x, offsets.take(place, None, found, "clip"), x)
+        np.less(x, _LOW, short)
+        # The word that a lane takes: as many behind its chunk's last as lanes up to it take one.
+        np.add.accumulate(short, 1, np.int64, word)
+        np.add(word, last_word, word)
+        words.take(word, None, found, "clip")
+        np.left_shift(x, _WORD_SHIFT, x, where=short)
+        np.bitwise_or(x, found, x, where=short)
+        last_word[...] = word[:, -1:]
+    if (last_word[:, 0] + 1 != ends).any() or (x != _LOW).any():
         raise EntropyDecodeError(
             "a rANS chunk does not end with the states and at the word where it must; drop the stream"
         )

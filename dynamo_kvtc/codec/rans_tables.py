@@ -1,7 +1,7 @@
 """Frequency tables of the rANS coder: chosen, written and read (`docs/bitstream.md`, section 4.1).
 
 A table gives each symbol that occurs one of 15 levels; frequencies follow from these in integers. Against
-exact frequencies that costs .2 % of the coded bytes and saves two fifths of the tables (`docs/science.md`).
+exact frequencies that costs .2 % of the coded bytes and saves a third of the tables (`docs/science.md`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from dynamo_kvtc.codec.bitstream import (
     encode_chunks,
     header_size,
     parse_header,
-    read_section,
+    read_sections,
     write_stream,
 )
 from dynamo_kvtc.codec.entropy import EntropyCoder
@@ -292,21 +292,20 @@ class TransformCodec(KvCodec):
         """Verify, inflate and dequantise one layer group of one stream; see `KvCodec.open_group`."""
         coded = header.num_tokens - header.sink_tokens
         first = header.first_position + header.sink_tokens
-
-        def read(kind: SectionKind) -> NDArray[np.uint8]:
-            return np.frombuffer(read_section(header, group, kind, payload, self._map), dtype=np.uint8)
-
+        kinds = (SectionKind.KEYS, SectionKind.VALUES, SectionKind.SINKS)
+        read = read_sections(header, group, kinds, payload, self._map)
+        key_payload, value_payload, sink_payload = (np.frombuffer(one, dtype=np.uint8) for one in read)
         keys = self._side(group, SectionKind.KEYS, header.plan_id)
         values = self._side(group, SectionKind.VALUES, header.plan_id)
         sinks = SinkCodec(self.geometry, header.sink_bits)
         sink_keys, sink_values = sinks.decode(
-            read(SectionKind.SINKS), self.layer_groups[group].count, header.sink_tokens
+            sink_payload, self.layer_groups[group].count, header.sink_tokens
         )
         return OpenedGroup(
             group=group,
             plan_id=header.plan_id,
-            keys=keys.decode(read(SectionKind.KEYS), coded),
-            values=values.decode(read(SectionKind.VALUES), coded),
+            keys=keys.decode(key_payload, coded),
+            values=values.decode(value_payload, coded),
             sink_keys=sink_keys,
             sink_values=sink_values,
             positions=torch.arange(first, first + coded),

@@ -15,7 +15,7 @@ import torch
 
 from dynamo_kvtc.codec import packing, rd_packing
 from dynamo_kvtc.codec.base import KvCodec, TierBlock
-from dynamo_kvtc.codec.bitstream import encode_chunks, read_section, write_stream
+from dynamo_kvtc.codec.bitstream import encode_chunks, read_section, read_sections, write_stream
 from dynamo_kvtc.codec.entropy import STORE
 from dynamo_kvtc.codec.importance import predict_levels
 from dynamo_kvtc.codec.quantiser import PlanQuantiser
@@ -36,7 +36,7 @@ _ENCODE_STAGES: _Stages = {
     "assemble": (write_stream,),
 }
 _DECODE_STAGES: _Stages = {
-    "verify and inflate": (read_section,),
+    "verify and inflate": (read_sections,),
     "unpack": (packing.unpack, rd_packing.unpack),
     "dequantise": (PlanQuantiser.dequantise, RdQuantiser.dequantise),
     "project": (SideTransform.inverse,),
