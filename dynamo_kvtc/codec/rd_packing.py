@@ -10,16 +10,15 @@ escapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dynamo_kvtc.codec.importance import MIN_LEVEL
+from dynamo_kvtc.codec.rd_chunks import CHUNK_BYTES, cut_symbols
 from dynamo_kvtc.codec.rd_plan import SymbolClass
 from dynamo_kvtc.codec.rd_rows import pack_rows, row_bytes, unpack_rows
 from dynamo_kvtc.errors import ChunkTableError, EncodeRangeError, PayloadError, ReservedBitsError
@@ -34,14 +33,6 @@ MAX_TOKEN_ESCAPES = 32
 
 #: Bytes of an escape before entropy coding: 4 of its gap, 2 of its value.
 ESCAPE_BYTES = 6
-
-_CHUNK_BYTES = 65_536
-
-#: Bytes of a run for each square root of a token.
-_RUN_BYTES = 400
-
-#: A region smaller than this shares a run with the next one.
-_LEAST_RUN_BYTES = 256
 
 _COUNT_BYTES = 4
 
@@ -103,7 +94,7 @@ class RdLayout:
     def max_escapes(self, tokens: int) -> int:
         """Return the most escapes that a section may have; its side data stays one DEFLATE chunk."""
         escapable = sum(self.counts[SymbolClass.BYTE :]) * tokens
-        room = (_CHUNK_BYTES - self.side_size(tokens)) // ESCAPE_BYTES
+        room = (CHUNK_BYTES - self.side_size(tokens)) // ESCAPE_BYTES
         return min(MAX_ESCAPES, MAX_TOKEN_ESCAPES * tokens, escapable, room)
 
     def payload_bounds(self, tokens: int) -> tuple[int, int]:
@@ -123,43 +114,9 @@ class RdLayout:
         """
         escapes = (payload_size - self.payload_bounds(tokens)[0]) // ESCAPE_BYTES
         planes = (self.side_size(tokens), escapes, escapes, (ESCAPE_BYTES - 2) * escapes)
-        wide, *others = self.class_sizes(tokens)
         most = self.side_size(tokens, self.max_escapes(tokens))
-        first, *rest = join_runs([most, *cut((wide // 2, wide // 2, *others), tokens)])
-        return [[run for run in planes if run] + first[1:], *rest]
-
-
-def cut(regions: Sequence[int], tokens: int) -> list[int]:
-    """Cut the regions of symbols into runs, each to be coded with a Huffman code of its own.
-
-    Long runs mix components of different rates, short ones do not pay for their code; the best length
-    grows with the tokens of a component (`docs/science.md`).
-
-    Returns
-    -------
-    list[int]
-        Sizes of the runs, none of them 0.
-    """
-    target = min(_RUN_BYTES * isqrt(tokens), _CHUNK_BYTES // 4)
-    runs: list[int] = []
-    pending = 0
-    for region in regions:
-        pending += region
-        if pending >= _LEAST_RUN_BYTES:
-            pieces = max(1, round(pending / target))
-            runs += [pending * (i + 1) // pieces - pending * i // pieces for i in range(pieces)]
-            pending = 0
-    return runs + [pending] * bool(pending)
-
-
-def join_runs(runs: Sequence[int]) -> list[list[int]]:
-    """Join runs to chunks that are as long as they may be."""
-    chunks: list[list[int]] = [[]]
-    for run in runs:
-        if sum(chunks[-1]) + run > _CHUNK_BYTES:
-            chunks.append([])
-        chunks[-1].append(run)
-    return chunks
+        first, *rest = cut_symbols(self.counts, tokens, most)
+        return [[run for run in planes if run] + list(first), *map(list, rest)]
 
 
 def pack(section: RdSection, layout: RdLayout) -> NDArray[np.uint8]:

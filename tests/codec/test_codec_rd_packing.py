@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo_kvtc.codec.entropy import HuffmanCoder
 from dynamo_kvtc.codec.importance import LEVELS, MIN_LEVEL
-from dynamo_kvtc.codec.rd_packing import RdLayout, RdSection, cut, join_runs, pack, unpack
+from dynamo_kvtc.codec.rd_chunks import cut_symbols
+from dynamo_kvtc.codec.rd_packing import RdLayout, RdSection, pack, unpack
 from dynamo_kvtc.codec.rd_plan import SymbolClass
 from dynamo_kvtc.errors import ChunkTableError, EncodeRangeError, PayloadError, ReservedBitsError
 
@@ -60,13 +62,41 @@ def test_the_bytes_are_where_the_format_says():
 
 
 @settings(deadline=None)
-@given(regions=st.lists(st.integers(0, 200_000), min_size=1, max_size=6), tokens=st.integers(1, 65_536))
-def test_runs_and_chunks_cover_everything_within_their_bounds(regions, tokens):
-    runs = cut(regions, tokens)
-    assert sum(runs) == sum(regions)
-    chunks = join_runs(runs)
-    assert [run for chunk in chunks for run in chunk] == runs
-    assert all(run > 0 for run in runs) and all(sum(chunk) <= 65_536 for chunk in chunks)
+@given(
+    counts=st.tuples(*[st.integers(0, 300)] * 4),
+    tokens=st.integers(1, 65_536),
+    before=st.integers(4, 65_536),
+)
+def test_runs_and_chunks_cover_everything_within_their_bounds(counts, tokens, before):
+    chunks = cut_symbols(counts, tokens, before)
+    assert sum(map(sum, chunks)) == sum(RdLayout(counts).class_sizes(tokens))
+    assert all(run > 0 for chunk in chunks for run in chunk)
+    assert all(sum(chunk) <= 65_536 for chunk in chunks) and before + sum(chunks[0]) <= 65_536
+    assert all(chunks[1:])
+
+
+def test_runs_are_cut_where_the_specification_says():
+    (runs,) = cut_symbols((0, 112, 0, 0), 256, 4)
+    assert runs == tuple(256 * components for components in (8, 15, 22, 30, 37))
+    # NIBBLE rows have half the bytes and go on counting components; 51 bytes of TRIT are a run of their own.
+    (runs,) = cut_symbols((0, 10, 12, 1), 256, 4)
+    assert runs == (2560, 128 * 12, 52)
+    # What is too short for a run shares one: both bytes of a WIDE symbol here, and the first BYTE row.
+    (runs,) = cut_symbols((1, 1, 0, 0), 100, 4)
+    assert runs == (300,)
+
+
+def test_where_rates_fall_runs_are_smaller_than_even_ones():
+    rng = np.random.default_rng(5)
+    layout, tokens = RdLayout((0, 60, 0, 0)), 256
+    widths = 40 / np.arange(1, 61)[:, None] ** 0.7
+    symbols = np.rint(rng.laplace(0, widths, (60, tokens))).clip(-127, 127).astype(np.int16)
+    payload = pack(RdSection(np.zeros(tokens, np.int8), symbols), layout)
+    (runs,) = layout.chunks(tokens, payload.size)
+    coder, plain, symbols_size = HuffmanCoder(), payload.tobytes(), 60 * tokens
+    assert sum(runs[1:]) == symbols_size
+    even = [runs[0], *[symbols_size // 2] * 2]
+    assert len(coder.encode_runs(plain, runs)) < len(coder.encode_runs(plain, even))
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4_096, 65_536])
