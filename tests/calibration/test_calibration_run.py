@@ -247,8 +247,9 @@ def test_the_real_model_is_captured_as_its_fingerprint_says():
 
 def test_the_defaults_follow_the_profile(tmp_path):
     rd = CalibrationSettings(model="m", texts=(), out=tmp_path)
-    kvtc = dataclasses.replace(rd, profile="kvtc", ratios=())
+    kvtc = dataclasses.replace(rd, profile="kvtc", ratios=(), recall_share=None)
     assert (rd.profile, rd.ratios) == ("rd", (10.0, 20.0, 40.0, 80.0))
+    assert (rd.recall_share, kvtc.recall_share) == (0.2, 0.0)
     assert kvtc.plan_ratios == {0: 8.0, 1: 16.0, 2: 32.0}
     small = KvGeometry(num_layers=30, num_kv_heads=3, head_size=64)
     large = KvGeometry(num_layers=32, num_kv_heads=8, head_size=128)

@@ -58,6 +58,7 @@ def tiny_rd_artifact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
             sample_tokens=512,
             validation_documents=1,
             sensitivity_documents=2,
+            recall_share=0.0,
             scored_tokens=64,
         )
     )

@@ -43,6 +43,7 @@ def byte_rd_artifact(byte_model_folder: Path, tmp_path_factory: pytest.TempPathF
             scored_tokens=64,
             sensitivity_documents=2,
             validation_documents=1,
+            recall_share=0.0,
             dtype="float32",
         )
     )
