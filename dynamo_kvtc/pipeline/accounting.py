@@ -33,6 +33,8 @@ class EndedOnboard:
         What ended the onboard in front of the other tier blocks.
     encoder : str, optional
         What all tier blocks in place were encoded with; None if that differs or is not known.
+    is_decoded : bool
+        False: what was read is only held, and whoever decodes it measures how long that takes.
     """
 
     refs: Sequence[TierBlockRef]
@@ -40,6 +42,7 @@ class EndedOnboard:
     timeline: Timeline
     cause: BaseException | None
     encoder: str | None = None
+    is_decoded: bool = True
 
     @property
     def tokens(self) -> int:
@@ -87,7 +90,12 @@ class EndedOnboard:
             counters.recompute_avoided(tokens / speeds.prefill)
         if self.outcome == "complete":
             speeds.onboarded(
-                tokens, wall_s=seconds, transfer_s=transfer_s, decode_s=decode_s, encoder=self.encoder
+                tokens,
+                wall_s=seconds,
+                transfer_s=transfer_s,
+                decode_s=decode_s,
+                encoder=self.encoder,
+                is_decoded=self.is_decoded,
             )
         trace_onboard(
             self.timeline.origin,

@@ -44,11 +44,14 @@ class Boundary(ABC):
     launches : bool
         Whether calls launch work for a device and return: then one call with everything is best. If not,
         they compute in the calling thread, and many small calls keep many threads busy.
+    holds : bool
+        Whether what is opened is only held here: it is decoded later, and measured then.
     most_encode_tokens, most_open_tokens : int or None
         Tokens that may be encoded, and of which a layer group may be opened, in one go; None: any number.
     """
 
     launches: bool
+    holds: bool = False
     most_encode_tokens: int | None = None
     most_open_tokens: int | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,8 @@ class _Held:
     nbytes: int
     header: StreamHeader | None = None
     payloads: dict[int, memoryview] = field(default_factory=dict)
+    #: Its share of the trial, until a load has counted it.
+    tried_s: float = 0.0
     loads: int = 0
     released: bool = False
 
@@ -106,8 +109,13 @@ class HeldStreams:
         """Return what an onboard hands its streams to, for these keys."""
         return _Receiver(self, slots)
 
-    def keep(self, slot: int, header: StreamHeader, group: int, payload: Buffer) -> None:
+    def keep(self, slot: int, header: StreamHeader, group: int, payload: Buffer, tried_s: float) -> None:
         """Copy one layer group of a stream into its slot.
+
+        Parameters
+        ----------
+        tried_s : float
+            Seconds that its trial took.
 
         Raises
         ------
@@ -124,6 +132,7 @@ class HeldStreams:
         view[:] = memoryview(payload).cast("B")
         held.header = header
         held.payloads[group] = view
+        held.tried_s += tried_s
 
     def begin_load(self, slots: Sequence[int], block_ids: Sequence[int], cache: PagedKvCache) -> HeldLoad:
         """Begin to read slots; they are kept until the load ends.
@@ -151,6 +160,7 @@ class _Receiver(Boundary):
     """Tries what an onboard reads, and keeps it as it is."""
 
     launches = True
+    holds = True
 
     def __init__(self, streams: HeldStreams, slots: Mapping[TierKey, int]) -> None:
         self._streams, self._slots = streams, slots
@@ -170,19 +180,21 @@ class _Receiver(Boundary):
         self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
     ) -> Sequence[Any | KvtcError]:
         """Open one layer group of several streams for trial, and keep the sound ones' bytes."""
+        start = time.perf_counter()
         # What the device has opened is dropped here: held, it would take a third of the decoded KV.
         faults = [
             one if isinstance(one, KvtcError) else None
             for one in self._streams.boundary.open_groups(headers, group, payloads)
         ]
+        each_s = (time.perf_counter() - start) / max(1, len(headers))
         return [
-            fault or self._keep(header, group, payload)
+            fault or self._keep(header, group, payload, each_s)
             for fault, header, payload in zip(faults, headers, payloads, strict=True)
         ]
 
-    def _keep(self, header: StreamHeader, group: int, payload: Buffer) -> int | KvtcError:
+    def _keep(self, header: StreamHeader, group: int, payload: Buffer, tried_s: float) -> int | KvtcError:
         try:
-            self._streams.keep(self._slots[header.binding], header, group, payload)
+            self._streams.keep(self._slots[header.binding], header, group, payload, tried_s)
         except KvtcError as error:
             return error
         return group
@@ -233,6 +245,8 @@ class HeldLoad:
     async def run(self, adapter: TierAdapter) -> int:
         """Decode everything and wait until it is in place; to be run once, on the adapter's event loop.
 
+        What it takes, with the trial before it, is how fast these streams are decoded: see `Speeds.decoded`.
+
         Returns
         -------
         int
@@ -243,6 +257,7 @@ class HeldLoad:
         KvtcError
             If neither the device nor the CPU could do it.
         """
+        start = time.perf_counter()
         try:
             try:
                 await self._decode(adapter, self._streams.boundary)
@@ -256,7 +271,18 @@ class HeldLoad:
         finally:
             self.end()
         written = sum(block >= 0 for blocks in self._blocks for block in blocks)
-        return written * self._cache.block_size * self._cache.geometry.token_bytes
+        tokens = written * self._cache.block_size
+        if failure is None:
+            seconds = time.perf_counter() - start + self._take_tried_s()
+            adapter.costs.speeds.decoded(tokens, seconds, adapter.encoders.name_of(self._headers))
+        return tokens * self._cache.geometry.token_bytes
+
+    def _take_tried_s(self) -> float:
+        """Return the seconds of the trials that no load has counted; this one has now."""
+        seconds = sum(held.tried_s for held in self._members)
+        for held in self._members:
+            held.tried_s = 0.0
+        return seconds
 
     def end(self) -> None:
         """Let the slots be given back; to be called if `run` is not."""

@@ -181,7 +181,8 @@ class _Request:
             self._prefix.end_before(0, error)
         headers = self._reader.headers[: self._prefix.count]
         encoder = None if self._encoders is None else self._encoders.name_of(headers)
-        ended = EndedOnboard(self._refs, headers, self._timeline, self._prefix.cause, encoder)
+        cause, is_decoded = self._prefix.cause, not self._boundary.holds
+        ended = EndedOnboard(self._refs, headers, self._timeline, cause, encoder, is_decoded)
         ended.count(self._counters, self._speeds, self._codec.geometry.token_bytes)
         error = self._prefix.error()
         self._handle._finish(None if error is None else without_frames(error))

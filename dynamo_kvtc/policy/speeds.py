@@ -99,19 +99,39 @@ class Speeds:
             for tier, share in self._found.items():
                 share.observe(tiers.count(tier) / len(tiers))
 
+    def decoded(self, tokens: int, seconds: float, encoder: str | None = None) -> None:
+        """Take in that decoding put `tokens` tokens in place within `seconds`.
+
+        Parameters
+        ----------
+        encoder : str, optional
+            What all of their tier blocks were encoded with; None if that differs.
+        """
+        self._decode.observe_speed(tokens, seconds)
+        if encoder is not None:
+            self._decode_by.setdefault(encoder, Ewma()).observe_speed(tokens, seconds)
+
     def onboarded(
-        self, tokens: int, *, wall_s: float, transfer_s: float, decode_s: float, encoder: str | None = None
+        self,
+        tokens: int,
+        *,
+        wall_s: float,
+        transfer_s: float,
+        decode_s: float,
+        encoder: str | None = None,
+        is_decoded: bool = True,
     ) -> None:
         """Take in an onboard that was put in place whole; times as `Counters.onboard_ended` has them.
 
         Parameters
         ----------
         encoder : str, optional
-            What all of its tier blocks were encoded with; None if that differs.
+            As for `decoded`.
+        is_decoded : bool
+            False: it has not been decoded to its end; `decoded` will tell.
         """
-        self._decode.observe_speed(tokens, decode_s)
-        if encoder is not None:
-            self._decode_by.setdefault(encoder, Ewma()).observe_speed(tokens, decode_s)
+        if is_decoded:
+            self.decoded(tokens, decode_s, encoder)
         self._overhead.observe(max(0.0, wall_s - max(transfer_s, decode_s)))
 
     # --- reading -----------------------------------------------------------------------------------

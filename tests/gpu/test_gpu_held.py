@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,46 @@ def test_promised_chunks_are_decoded_on_the_device_when_they_are_loaded(
         assert host.load([chunks[2], chunks[0]], target[: 2 * COUNT])
         host.assert_in_place(chunks[2], target[:COUNT])
         host.assert_in_place(chunks[0], target[COUNT : 2 * COUNT])
+
+
+def test_the_measured_decode_speed_counts_trial_and_product(
+    gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_host(gpu) as (host, device):
+        opens, scatters, pause_s = 0, 0, 0.1
+
+        def open_groups(*args: Any) -> Any:
+            nonlocal opens
+            opens += 1
+            time.sleep(pause_s)
+            return GpuCodec.open_groups(device, *args)
+
+        def scatter(*args: Any, **options: Any) -> Any:
+            nonlocal scatters
+            scatters += 1
+            time.sleep(pause_s)
+            return GpuCodec.scatter(device, *args, **options)
+
+        monkeypatch.setattr(device, "open_groups", open_groups)
+        monkeypatch.setattr(device, "scatter", scatter)
+        adapter = host.adapter._adapter
+        speeds = adapter.costs.speeds
+        chunks, done = host.promise(host.write())
+        assert all(done) and opens
+        assert speeds.decode is None  # nothing is in place yet
+        tried, target = opens, list(range(BLOCKS - CHUNKS * COUNT, BLOCKS))
+        host.load(chunks, target)
+        first = speeds.decode
+        assert first is not None and first == speeds.decode_speed(adapter.encoders.current.name)
+        assert first <= CHUNKS * STEP / (pause_s * (opens + scatters))
+        # What is loaded again has not been tried again.
+        before = opens + scatters
+        start = time.perf_counter()
+        host.load(chunks, target)
+        again_s = time.perf_counter() - start
+        assert tried and speeds.decode is not None
+        mean_s = CHUNKS * STEP / speeds.decode
+        assert pause_s * (opens + scatters - before) <= 2 * mean_s - CHUNKS * STEP / first <= again_s + 0.01
 
 
 def test_batches_fit_into_the_devices_memory(gpu: GpuDevice) -> None:
