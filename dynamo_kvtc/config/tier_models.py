@@ -166,7 +166,8 @@ class ObjectTierConfig(Section):
     """Requests in flight; further ones wait, within their deadlines."""
 
     uploads: Annotated[int, Field(ge=1, le=256)] = 8
-    """Objects uploaded at once, of those that a faster tier has taken already."""
+    """Objects uploaded at once: of those that a faster tier has taken already; where offloads wait for the
+    bucket, of a batch (pipeline.offload_batch)."""
 
     upload_queue: Annotated[Size, Field(ge=0)] = 64 * 1024**2
     """Bytes of memory for objects that wait to be uploaded or are under way; what does not fit is not

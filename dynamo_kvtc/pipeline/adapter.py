@@ -67,6 +67,8 @@ class TierAdapter:
         Tier blocks that may wait to be offloaded; more are dropped and counted.
     offload_batch : int
         Tier blocks gathered and encoded in one go.
+    stores_at_once : int
+        Tier blocks of such a batch that are stored side by side: of use where each waits for a remote store.
     decode_threads : int
         Threads that decode while onboarding, each on one core.
     store_timeout_s : float
@@ -94,6 +96,7 @@ class TierAdapter:
         onboard: OnboardSettings | None = None,
         queue_limit: int = 256,
         offload_batch: int = 4,
+        stores_at_once: int = 1,
         decode_threads: int = 2,
         store_timeout_s: float = 30.0,
         costs: CostPolicy | None = None,
@@ -131,6 +134,7 @@ class TierAdapter:
             self._offload_threads,
             queue_limit=queue_limit,
             batch=offload_batch,
+            at_once=stores_at_once,
             timeout_s=store_timeout_s,
             speeds=self.costs.speeds,
         )

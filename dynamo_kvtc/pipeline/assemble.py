@@ -165,6 +165,7 @@ async def open_adapter(
             ),
             queue_limit=config.pipeline.offload_queue,
             offload_batch=config.pipeline.offload_batch,
+            stores_at_once=stores_at_once(config),
             decode_threads=config.pipeline.decode_threads or min(_MOST_DECODE_THREADS, cores),
             store_timeout_s=config.transfer.timeout,
             costs=_costs(config),
@@ -176,6 +177,16 @@ async def open_adapter(
             expose(adapter, config.observability.metrics_address, config.observability.metrics_port)
         opened.pop_all()  # the adapter closes them from here on
     return adapter
+
+
+def stores_at_once(config: Config) -> int:
+    """Return how many objects of a batch are stored side by side: one, unless offloads wait for a bucket."""
+    waited_for = [
+        tier.uploads
+        for index, tier in enumerate(config.tiers)
+        if isinstance(tier, ObjectTierConfig) and (not index or not tier.upload_queue)
+    ]
+    return max(waited_for, default=1)
 
 
 def _encoder(config: Config) -> dict[str, Any]:

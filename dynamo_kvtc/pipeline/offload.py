@@ -84,6 +84,8 @@ class Offloader:
         Tier blocks that may wait; more are dropped.
     batch : int
         Tier blocks gathered and encoded in one go.
+    at_once : int
+        Tier blocks of a batch that are stored side by side.
     timeout_s : float
         Deadline of each staging lease and each put.
     speeds : Speeds, optional
@@ -102,6 +104,7 @@ class Offloader:
         *,
         queue_limit: int = 256,
         batch: int = 4,
+        at_once: int = 1,
         timeout_s: float = 30.0,
         speeds: Speeds | None = None,
     ) -> None:
@@ -110,6 +113,7 @@ class Offloader:
         self._tiers, self._staging = tiers, staging
         self._policy, self._counters, self._executor = policy, counters, executor
         self._queue_limit, self._batch, self._timeout_s = queue_limit, batch, timeout_s
+        self._at_once = at_once
         self._queue: deque[_Job] = deque()
         #: Keys that wait or are in work: two sequences that share a prefix encode it once.
         self._keys: set[TierKey] = set()
@@ -279,23 +283,31 @@ class Offloader:
         return pending
 
     async def _store(self, encoded: list[_Encoded]) -> None:
-        for item in encoded:
-            if isinstance(item.stream, Exception):
-                self._drop([item.job], item.stream)
-                continue
-            stream, key = item.stream, item.job.ref.key
-            try:
-                with self._counters.timed("store"):
-                    async with self._staging.lease(stream.nbytes, timeout_s=self._timeout_s) as span:
-                        await run_to_end(self._executor, partial(stream.copy_into, span.view))
-                        written = await self._tiers.put(
-                            key, span, timeout_s=self._timeout_s, depth=item.job.depth
-                        )
-            except Exception as error:
-                self._drop([item.job], error)
-            else:
-                self._prefer(item.job.ref)
-                self._finish_stored(item.job, stream.nbytes if written else 0)
+        turns = asyncio.Semaphore(self._at_once)
+
+        async def in_turn(item: _Encoded) -> None:
+            async with turns:
+                await self._store_one(item)
+
+        await asyncio.gather(*map(in_turn, encoded))
+
+    async def _store_one(self, item: _Encoded) -> None:
+        if isinstance(item.stream, Exception):
+            self._drop([item.job], item.stream)
+            return
+        stream, key = item.stream, item.job.ref.key
+        try:
+            with self._counters.timed("store"):
+                async with self._staging.lease(stream.nbytes, timeout_s=self._timeout_s) as span:
+                    await run_to_end(self._executor, partial(stream.copy_into, span.view))
+                    written = await self._tiers.put(
+                        key, span, timeout_s=self._timeout_s, depth=item.job.depth
+                    )
+        except Exception as error:
+            self._drop([item.job], error)
+        else:
+            self._prefer(item.job.ref)
+            self._finish_stored(item.job, stream.nbytes if written else 0)
 
     def _prefer(self, ref: TierBlockRef) -> None:
         """Keep what a request of high priority stores, or finds stored, for longer."""

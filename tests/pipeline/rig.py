@@ -116,6 +116,7 @@ async def open_rig(
     encoders: Encoders | None = None,
     gates: Mapping[str, Gate] | None = None,
     store_timeout_s: float = 10.0,
+    stores_at_once: int = 1,
     wrap_agent: Callable[[TransferAgent], TransferAgent] = lambda agent: agent,
 ) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as opened:
@@ -140,6 +141,7 @@ async def open_rig(
                 device_codec=device_codec,
                 queue_limit=queue_limit,
                 store_timeout_s=store_timeout_s,
+                stores_at_once=stores_at_once,
             )
         )
         source, destination = make_cache(num_blocks, filled=True), make_cache(num_blocks, filled=False)

@@ -19,7 +19,7 @@ from dynamo_kvtc.errors import (
     OnboardError,
     TierInUseError,
 )
-from dynamo_kvtc.pipeline.assemble import open_adapter
+from dynamo_kvtc.pipeline.assemble import open_adapter, stores_at_once
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.testing import ThrottledTier, TierWrapper
@@ -50,6 +50,30 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "kvtc.yaml"
     path.write_text(text)
     return path
+
+
+BUCKET = """
+codec:
+  profile: raw
+tiers:
+{first}  - kind: object
+    bucket: kv-cache
+    uploads: 6
+    upload_queue: {queue}
+"""
+HOST = """  - kind: host
+    capacity: 1MiB
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "queue", "at_once"), [("", "64MiB", 6), (HOST, "0", 6), (HOST, "64MiB", 1)]
+)
+def test_a_batch_is_uploaded_side_by_side_where_offloads_wait_for_the_bucket(
+    tmp_path: Path, first: str, queue: str, at_once: int
+) -> None:
+    config = load_config(write(tmp_path, BUCKET.format(first=first, queue=queue)))
+    assert stores_at_once(config) == at_once
 
 
 async def test_ten_lines_of_yaml_serve_an_engine(tmp_path: Path) -> None:
