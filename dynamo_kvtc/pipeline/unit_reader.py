@@ -12,6 +12,7 @@ from functools import partial
 
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.deadline import wait_out
 from dynamo_kvtc.errors import KvtcError, ObjectMissingError, StreamMismatchError
 from dynamo_kvtc.observability import Counters
 from dynamo_kvtc.pipeline.onboard_settings import OnboardSettings
@@ -130,13 +131,19 @@ class UnitReader:
         return self._arrived.empty()
 
     async def close(self) -> None:
-        """Stop reading and give back the memory of the units that nobody took."""
+        """Stop reading and give back the memory of the units that nobody took, also if cancelled."""
+        cancelled = None
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            cancelled = await wait_out(self._task)
         while not self._arrived.empty():
             if (item := self._arrived.get_nowait()) is not None:
                 await item.leases.aclose()
+        if cancelled is not None:
+            try:
+                raise cancelled
+            finally:
+                del cancelled  # its traceback holds this frame
 
     async def _run(self, units: Sequence[Unit]) -> None:
         """Keep the next units in flight; hand them over in order."""

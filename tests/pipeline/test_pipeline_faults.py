@@ -1,9 +1,11 @@
 """What the pipeline does when tiers, transfers or callers fail: never wrong KV, never a hang."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import BLOCK_SIZE, GEOMETRY, PARAMETERS, Rig, make_codec, open_rig
@@ -22,7 +24,7 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
 from dynamo_kvtc.pipeline.handle import OnboardHandle
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
-from dynamo_kvtc.testing import FaultyTier, ThrottledTier
+from dynamo_kvtc.testing import FaultyTier, ThrottledTier, TierWrapper
 from dynamo_kvtc.tiers.base import ReadRequest, Tier
 
 #: Two layer groups of four units each: gets 1 to 4 are group 0, 5 to 8 group 1; get 0 reads the headers.
@@ -176,6 +178,58 @@ async def test_an_onboard_cancelled_before_it_began_tells_its_waiters(tmp_path: 
         assert caught.value.tokens_to_recompute == ((0, TOKENS),)
         assert rig.adapter.status().counters.missed_blocks["cancelled"] == 4
         await rig.adapter.onboard(blocks, rig.destination).wait()
+
+
+class SlowToStop(TierWrapper):
+    """One read hangs, and ends some time after it was cancelled, as one in a thread does."""
+
+    def __init__(self, inner: Tier, hangs: int) -> None:
+        super().__init__(inner)
+        self.hangs, self.gets = hangs, 0
+        self.hanging, self.stopping, self.stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
+        self.gets += 1
+        if self.gets - 1 != self.hangs:
+            await self.inner.get(reads, timeout_s=timeout_s)
+            return
+        try:
+            self.hanging.set()
+            await asyncio.Event().wait()
+        finally:
+            self.stopping.set()
+            await self.stopped.wait()
+
+
+async def test_cancelling_again_while_a_request_ends_releases_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = OnboardSettings(timeout_s=60, units=8, transfers_in_flight=3)
+    async with open_rig(
+        tmp_path, tiers=("host",), wrap=lambda tier, _: SlowToStop(tier, 3), onboard=settings
+    ) as rig:
+        (tier,) = rig.adapter.tiers.tiers
+        assert isinstance(tier, SlowToStop)
+        host, go_on = rig.adapter.boundaries.host, threading.Event()
+        opening = host.open_groups
+
+        def open_later(*args: Any) -> Any:
+            assert go_on.wait(60)
+            return opening(*args)
+
+        monkeypatch.setattr(host, "open_groups", open_later)
+        # The first unit is being opened, the second has arrived, the third is under way.
+        _, handle = await stored_rig_onboard(rig)
+        await tier.hanging.wait()
+        first = asyncio.create_task(handle.cancel())
+        await asyncio.sleep(0.01)
+        go_on.set()
+        await tier.stopping.wait()
+        second = asyncio.create_task(handle.cancel())
+        await asyncio.sleep(0.01)
+        tier.stopped.set()
+        await asyncio.gather(first, second)
+        assert rig.staging.leased_bytes == 0
 
 
 @pytest.mark.parametrize("open_bytes", [1, 10_000, 1 << 30])
