@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ from dynamo_kvtc.tiers.disk_log import Segment, SegmentLog
 from dynamo_kvtc.tiers.disk_recovery import Recovery, recover_folder
 from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.tiers.indexed import IndexedTier
+from dynamo_kvtc.tiers.threads import run_to_end
 from dynamo_kvtc.transfer import MemorySpan, TransferAgent
 
 __all__ = ["DiskSettings", "DiskTier"]
@@ -118,10 +120,11 @@ class DiskTier(IndexedTier):
         settings = settings or DiskSettings()
         path = Path(folder)
         verify = settings.verify_at_open == "objects"
-        lock = await asyncio.to_thread(lock_folder, path)
+        lock = await run_to_end(None, partial(lock_folder, path), os.close)
         tier = cls(agent, path, capacity_bytes, settings, name, lock)
         try:
-            await tier._adopt(await asyncio.to_thread(recover_folder, path, verify_objects=verify))
+            # To its end: it tidies the folder, which is another's as soon as the lock is given up.
+            await tier._adopt(await run_to_end(None, partial(recover_folder, path, verify_objects=verify)))
         except BaseException:
             await tier.close()
             raise

@@ -14,17 +14,35 @@ __all__ = ["run_all", "run_to_end"]
 T = TypeVar("T")
 
 
-async def run_to_end(executor: Executor, work: Callable[[], T]) -> T:
+async def run_to_end(
+    executor: Executor | None, work: Callable[[], T], give_back: Callable[[T], object] | None = None
+) -> T:
     """Run `work` on the executor; a cancelled caller still waits until it is over.
 
     A thread cannot be stopped, and what it reads and writes (staging memory, cache blocks) must not be
     given to anybody else before it has finished. The cancellation is then passed on.
+
+    Parameters
+    ----------
+    executor : Executor, optional
+        None: the event loop's own threads.
+    give_back : Callable, optional
+        Called with the result if the caller was cancelled and will not get it: releases what was acquired.
     """
-    return (await run_all(executor, [work]))[0]
+    got: list[T] = []
+    try:
+        await run_all(executor, [lambda: got.append(work())])
+    except asyncio.CancelledError:
+        if got and give_back is not None:
+            give_back(got[0])
+        raise
+    return got[0]
 
 
 async def run_all(
-    executor: Executor, works: Sequence[Callable[[], T]], on_result: Callable[[int], None] = lambda _: None
+    executor: Executor | None,
+    works: Sequence[Callable[[], T]],
+    on_result: Callable[[int], None] = lambda _: None,
 ) -> list[T]:
     """Run several pieces of work side by side, all to their end as `run_to_end` does.
 

@@ -11,14 +11,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from dynamo_kvtc.errors import ObjectCorruptError, ObjectMissingError, TierError, TierFullError, TransferError
+from dynamo_kvtc.errors import (
+    ObjectCorruptError,
+    ObjectMissingError,
+    TierError,
+    TierFullError,
+    TierInUseError,
+    TransferError,
+)
 from dynamo_kvtc.testing.conformance import TierDriver, object_bytes, object_key
-from dynamo_kvtc.tiers import DiskSettings, DiskTier
+from dynamo_kvtc.tiers import DiskSettings, DiskTier, disk
 from dynamo_kvtc.tiers.disk_format import BLOCK_BYTES, RECORD_HEADER_BYTES, StoredObject, stored_objects
 from dynamo_kvtc.transfer import TransferAgent
 
@@ -213,7 +221,7 @@ async def test_files_are_private_and_the_folder_is_locked(
 _WRITE_UNTIL_KILLED = """
 import asyncio, sys
 from dynamo_kvtc.testing.conformance import TierDriver
-from dynamo_kvtc.tiers import DiskSettings, DiskTier
+from dynamo_kvtc.tiers import DiskSettings, DiskTier, disk
 from dynamo_kvtc.transfer import StagingPool, TransferAgent
 
 async def main(first):
@@ -480,3 +488,34 @@ async def test_clearing_many_objects_and_closing_at_once_gives_all_space_back(
     await driver.staging._agent.close()
     assert disk_bytes(tmp_path) <= 4 * BLOCK_BYTES
     assert caplog.records == []
+
+
+# --- opening that is cancelled -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["lock_folder", "recover_folder"])
+async def test_opening_that_is_cancelled_gives_the_folder_up_once_nothing_works_in_it(
+    agent: TransferAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    begun, go_on, work = threading.Event(), threading.Event(), getattr(disk, step)
+
+    def slowly(*args: object, **options: object) -> object:
+        result = work(*args, **options)
+        begun.set()
+        assert go_on.wait(60)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, step, slowly)
+        opening = asyncio.create_task(DiskTier.open(agent, tmp_path / "tier", 1 << 20))
+        await asyncio.to_thread(begun.wait, 60)
+    opening.cancel()
+    await asyncio.sleep(0.05)
+    # The thread cannot be stopped: nobody else may use the folder before it has ended.
+    with pytest.raises(TierInUseError):
+        await DiskTier.open(agent, tmp_path / "tier", 1 << 20)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    tier = await DiskTier.open(agent, tmp_path / "tier", 1 << 20)
+    await tier.close()
