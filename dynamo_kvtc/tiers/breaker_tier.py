@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from dynamo_kvtc.deadline import in_time
@@ -140,8 +139,7 @@ class BreakerTier(TierWrapper):
         """As `Tier.close`."""
         if self._trial is not None:
             self._trial.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._trial
+            await asyncio.wait({self._trial})
         await super().close()
 
     # --- judging -----------------------------------------------------------------------------------
@@ -180,10 +178,14 @@ class BreakerTier(TierWrapper):
             answered = await in_time(self._answers(keys), self._trial_s)
         except (TransferTimeoutError, TimeoutError, asyncio.TimeoutError):
             self.reading.failed()
-        except BaseException as error:
+        except KvtcError:
             self.reading.undecided()
-            if not isinstance(error, KvtcError):
-                raise
+        except Exception:
+            self.reading.undecided()
+            _log.exception("the trial of the %s tier failed unexpectedly", self.name)
+        except BaseException:
+            self.reading.undecided()
+            raise
         else:
             if answered:
                 self.reading.on_trial()

@@ -275,3 +275,22 @@ async def test_a_stack_serves_from_the_tiers_that_answer(
     assert [tier.name for tier in await stack.lookup_prefix(keys)] == ["first", "first"]
     assert stuck.calls == calls
     await stack.close()
+
+
+async def test_a_tier_is_closed_though_its_trial_failed_unexpectedly(
+    agent: TransferAgent, staging: StagingPool, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(TierWrapper):
+        async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
+            raise ZeroDivisionError
+
+    inner = await HostTier.open(agent, 1 << 20)
+    tier = guard(Broken(inner), staging, clock)
+    for _ in range(3):
+        tier.reading.failed()
+    clock.now += 3600
+    assert await tier.contains_prefix([object_key(0)]) == 0
+    await asyncio.sleep(0.05)
+    await tier.close()
+    assert inner._closed
+    assert "failed unexpectedly" in caplog.text
