@@ -36,7 +36,10 @@ def default_coder(gpu: GpuDevice, coder: EntropyCoder, mapper: Mapper = map) -> 
     try:
         return NvcompDeflate(gpu)
     except MissingDependencyError as error:
-        _log.warning("chunks are entropy-coded on the CPU, which is slower: %s", error)
+        _log.warning(
+            "chunks are entropy-coded on the CPU, which is slower: %s; codec.entropy: rans does without",
+            error,
+        )
         return HostBatchCoder(gpu, coder, mapper)
 
 

@@ -19,7 +19,7 @@ _BLOCK = 4096
 _SYMBOLS = tl.constexpr(SYMBOLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_bytes", "num_segments"])
 def _count_kernel(plain, segments, counts, most_bytes, num_segments, BLOCK: tl.constexpr):
     pieces = tl.cdiv(most_bytes, BLOCK)
     symbol = tl.arange(0, _SYMBOLS)

@@ -41,7 +41,7 @@ _TABLES = tl.constexpr(TABLES)
 _END = tl.constexpr(END)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _decode_kernel(
     data,
     plain,

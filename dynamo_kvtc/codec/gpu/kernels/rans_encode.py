@@ -75,7 +75,7 @@ def _encode_step(states, position, words, found, reciprocal, inside, bit):
     return tl.where(inside, moved, states), position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _encode_kernel(
     plain,
     chunks,  # int64 [chunks, 5]: first plain byte, plain bytes, slot's first byte, first segment, segments

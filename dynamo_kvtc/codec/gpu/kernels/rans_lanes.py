@@ -1,6 +1,7 @@
 """What the rANS kernels share: the shape of a chunk, and sums over the lanes of a warp.
 
 A chunk is coded by one warp, whose lane `i` codes bytes `i`, `i + 32`, … (`docs/bitstream.md`, section 4.1).
+Kernels are compiled once, for any number of chunks: 1 and multiples of 16 make no kernels of their own.
 """
 
 from __future__ import annotations

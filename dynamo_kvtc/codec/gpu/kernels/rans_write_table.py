@@ -66,7 +66,7 @@ def choose_levels(counts):
     return best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def _tables_kernel(
     counts,  # int32 [segments, 256]
     codes,  # int32 [segments, CODE_WORDS]
