@@ -5,8 +5,8 @@ import re
 import pytest
 
 from benchmarks.quality.tasks import words
-from dynamo_kvtc.calibration import recall
-from dynamo_kvtc.calibration.recall import KINDS, RecallDocuments
+from dynamo_kvtc.calibration.recall import RecallDocuments
+from dynamo_kvtc.calibration.recall_kinds import KINDS, Kind
 from dynamo_kvtc.calibration.text import Documents, spread_over_files
 
 TOKENS, REFERENCES = 6000, 1500
@@ -27,7 +27,7 @@ def read(number: int, seed: int = 0) -> str:
     return "".join(map(chr, recall_documents(seed)[number]))
 
 
-def facts_of(text: str, kind: recall.Kind) -> list[dict[str, str]]:
+def facts_of(text: str, kind: Kind) -> list[dict[str, str]]:
     """Return the records that a text states."""
     seen: set[str] = set()
     template = re.escape(kind.fact.format(**{name: f"<{name}>" for name in kind.fields}))
