@@ -53,7 +53,11 @@ class _Stored:
 
 
 class RansCoder(EntropyCoder):
-    """Order-0 rANS. Frequencies change within a chunk where another table pays."""
+    """Order-0 rANS. Frequencies change within a chunk where another table pays.
+
+    Decoding takes, whatever the chunks hold, six bytes for each plain one and 13 for each of the 4,096
+    slots of a table: 14 MB at most for a batch whose every chunk has 16 tables.
+    """
 
     coder_id = RANS
     name = "rans"
@@ -197,11 +201,13 @@ def _decode(chunks: Sequence[_Stored]) -> list[bytes]:
     idle = np.zeros(256, dtype=np.uint8)
     idle[0] = 15
     tables = frequencies_of(np.stack([levels for chunk in chunks for levels in chunk.levels] + [idle]))
-    symbols = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8), table) for table in tables])
-    frequencies = np.take_along_axis(tables, symbols.reshape(-1, TOTAL).astype(np.int64), axis=1).reshape(-1)
-    starts = np.cumsum(tables, axis=1, dtype=np.uint32) - tables
-    before = np.take_along_axis(starts, symbols.reshape(-1, TOTAL).astype(np.int64), axis=1).reshape(-1)
-    offsets = np.tile(np.arange(TOTAL, dtype=np.uint32), len(tables)) - before
+    # A symbol has as many of a table's slots as its frequency says.
+    slots = tables.reshape(-1)
+    symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(tables)), slots)
+    frequencies = np.repeat(slots, slots)
+    starts = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)
+    offsets = np.tile(np.arange(TOTAL, dtype=np.uint32), len(tables))
+    offsets -= np.repeat(starts, slots)
 
     steps = [sum(chunk.steps) for chunk in chunks]
     places = np.full((max(steps), len(chunks), LANES), (len(tables) - 1) * TOTAL, dtype=np.int32)
