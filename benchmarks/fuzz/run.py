@@ -84,7 +84,9 @@ def run_batches(
             if index % _WATCH_EVERY == 0:
                 faulthandler.dump_traceback_later(_HANG_S, exit=True)
             case = target.make(random)
-            traced = (batch * size + index) % _TRACE_EVERY == 0
+            # Not right behind the watch's new thread: what a thread frees before it has the interpreter's
+            # lock may crash CPython where tracemalloc starts or stops meanwhile.
+            traced = (batch * size + index) % _TRACE_EVERY == _WATCH_EVERY // 2
             start = time.perf_counter()
             try:
                 outcome = _judge_traced(target, case, tally) if traced else target.judge(case)
