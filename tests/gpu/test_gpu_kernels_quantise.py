@@ -9,15 +9,16 @@ from synthetic import random_plan, random_rd_plan
 
 from dynamo_kvtc.codec import packing, rd_packing
 from dynamo_kvtc.codec.gpu.device import GpuDevice
+from dynamo_kvtc.codec.gpu.kernels.project_kvtc import quantise_groups
 from dynamo_kvtc.codec.gpu.kernels.project_rd import quantise_symbols
-from dynamo_kvtc.codec.gpu.kernels.quantise_kvtc import quantise_groups
 from dynamo_kvtc.codec.gpu.kernels.rd_side_data import write_side_data
 from dynamo_kvtc.codec.gpu.kernels.unpack_kvtc import unpack_groups
 from dynamo_kvtc.codec.gpu.kernels.unpack_rd import unpack_symbols
-from dynamo_kvtc.codec.gpu.kvtc_tables import KvtcTables
+from dynamo_kvtc.codec.gpu.kvtc_tables import UNIT_ROWS, KvtcTables
 from dynamo_kvtc.codec.gpu.sections import RowTiles, Sections
 from dynamo_kvtc.codec.importance import LEVELS, MIN_LEVEL, scales
-from dynamo_kvtc.codec.quantiser import PlanQuantiser
+from dynamo_kvtc.codec.plan import BitPlan, PlanGroup, QuantType
+from dynamo_kvtc.codec.quantiser import STORED_TYPES, PlanQuantiser
 from dynamo_kvtc.codec.rd_packing import RdLayout, RdSection
 from dynamo_kvtc.codec.rd_quantiser import RdQuantiser
 
@@ -30,12 +31,15 @@ TOKENS = st.lists(st.integers(1, 24), min_size=1, max_size=2).map(tuple)
 
 
 @settings(max_examples=4)
-@given(tokens=TOKENS, seed=st.integers(0, 1 << 16))
-@example(tokens=(13, 8), seed=0)
-@example(tokens=(1,), seed=1)
-@example(tokens=(17, 30), seed=2)
-def test_kvtc_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...], seed: int) -> None:
-    plan = random_plan(120, seed)
+@given(tokens=TOKENS, seed=st.integers(0, 1 << 16), components=st.just(120))
+@example(tokens=(13, 8), seed=0, components=120)
+@example(tokens=(1,), seed=1, components=120)
+@example(tokens=(17, 30), seed=2, components=120)
+@example(tokens=(5, 3), seed=6, components=1500)  # groups of 1,024, 256 and 64
+def test_kvtc_payloads_are_the_cpus_bytes(
+    gpu: GpuDevice, tokens: tuple[int, ...], seed: int, components: int
+) -> None:
+    plan = random_plan(components, seed)
     quantiser = PlanQuantiser(plan)
     layout = packing.SectionLayout.of(quantiser)
     generator = torch.Generator().manual_seed(seed)
@@ -66,6 +70,40 @@ def test_kvtc_payloads_are_the_cpus_bytes(gpu: GpuDevice, tokens: tuple[int, ...
         values = quantiser.dequantise(packing.unpack(part, layout, count), torch.bfloat16)
         assert torch.equal(decoded[start : start + count].cpu(), values.t())
         start += count
+
+
+@given(components=st.integers(1, 3000), seed=st.integers(0, 1 << 16), ones=st.booleans())
+def test_kvtc_panels_hold_each_group_once(gpu: GpuDevice, components: int, seed: int, ones: bool) -> None:
+    plan = random_plan(components, seed)
+    if ones:
+        singles = tuple(PlanGroup(index, 1, QuantType.INT4) for index in range(components))
+        plan = BitPlan(singles)
+    tables = KvtcTables.make(gpu, plan)
+    units, panels = tables.units.tolist(), tables.panels.tolist()
+    seen: dict[int, tuple[int, int, int]] = {}
+    for bits, first_unit, unit_stop, first_row, row_stop in panels:
+        row = first_row
+        for group, first, rows, each in units[first_unit:unit_stop]:
+            assert first == row
+            row += rows
+            for index in range(rows if each else 1):
+                seen[group + index] = (bits, first + index, 1 if each else rows)
+            assert not each or rows <= UNIT_ROWS
+        assert row == row_stop
+        assert row_stop - first_row <= (tables.panel_rows if unit_stop - first_unit == 1 else 256)
+    assert sorted(seen) == list(range(len(plan.groups)))
+    start = 0
+    for quant_type in STORED_TYPES:
+        for index, found in enumerate(plan.groups):
+            if found.type is quant_type:
+                assert seen[index] == (quant_type.bits, start, found.size)
+                start += found.size
+    # The largest first, so that no program begins one when the others are about to end.
+    sizes = [stop - first for *_, first, stop in panels]
+    assert sizes == sorted(sizes, reverse=True)
+    assert tables.panel_rows == max(sizes, default=0)
+    if ones:
+        assert len(units) == -(-components // UNIT_ROWS)
 
 
 @settings(max_examples=4)

@@ -10,6 +10,7 @@ Without a GPU (`GpuDevice.interpreter`) everything runs in place, for tests: ker
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -135,6 +136,8 @@ class GpuDevice:
     clock: StageClock | None = None
     lost: bool = False
     _interpreted: bool = field(default=False, repr=False)
+    _workspace: torch.Tensor | None = field(default=None, repr=False)
+    _workspace_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     #: Programs on an SM: of matrix products, which fill one each, and of kernels that only move bytes.
     MATRIX = 1
@@ -323,6 +326,18 @@ class GpuDevice:
             done = self.record()
         done.wait()
         return host
+
+    @contextmanager
+    def workspace(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """Lend kernels that the block launches `nbytes` bytes on the device, uint8, of any content.
+
+        All launches get the same memory, kept from one to the next: they follow one another on one stream,
+        and in the interpreter they end before the lock is given back. Its bytes are not of any budget.
+        """
+        with self._workspace_lock:
+            if self._workspace is None or self._workspace.numel() < nbytes:
+                self._workspace = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            yield self._workspace[:nbytes]
 
     def reserve(self, nbytes: int) -> None:
         """Take memory from the device into torch's pool for this stream, so that it is there when needed.

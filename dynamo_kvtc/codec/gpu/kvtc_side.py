@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dynamo_kvtc.codec.gpu.device import GpuDevice
-from dynamo_kvtc.codec.gpu.kernels.project_kvtc import project_coefficients
-from dynamo_kvtc.codec.gpu.kernels.quantise_kvtc import quantise_groups
+from dynamo_kvtc.codec.gpu.kernels.project_kvtc import project_groups
 from dynamo_kvtc.codec.gpu.kernels.unpack_kvtc import unpack_groups
 from dynamo_kvtc.codec.gpu.kvtc_tables import KvtcTables
 from dynamo_kvtc.codec.gpu.sections import Sections
@@ -22,7 +21,7 @@ __all__ = ["KvtcGpuSide"]
 
 
 class KvtcGpuSide(GpuSide):
-    """Coefficients in float32 between two kernels; see `kernels.project_kvtc` for the reason."""
+    """Payloads of fixed size; one kernel each way."""
 
     def __init__(
         self, gpu: GpuDevice, side: SideParameters, plan_id: int, layer_size: int, pairs: torch.Tensor
@@ -49,9 +48,7 @@ class KvtcGpuSide(GpuSide):
         status: torch.Tensor,
     ) -> torch.Tensor:
         """Project, quantise and pack a batch; see `GpuSide.encode`."""
-        coefficients = rows.new_empty((self.stored, sections.columns), dtype=torch.float32)
-        project_coefficients(self._gpu, self.weights.forward, rows, coefficients)
-        quantise_groups(self._gpu, coefficients, self._tables, sections, payload, status)
+        project_groups(self._gpu, self.weights.forward, rows, self._tables, sections, payload, status)
         return torch.zeros_like(status)
 
     def spans(self, sections: Sections, escapes: Sequence[int]) -> list[SectionSpan | None]:

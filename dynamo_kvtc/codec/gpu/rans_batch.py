@@ -8,7 +8,6 @@ as large as the chunk.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -18,7 +17,7 @@ from dynamo_kvtc.codec.entropy import RANS
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.entropy_batch import SLOT_ALIGNMENT, BatchCoder, CodedBatch, Slots, place
 from dynamo_kvtc.codec.gpu.kernels.rans_count import count_bytes
-from dynamo_kvtc.codec.gpu.kernels.rans_decode import TABLES, decode_chunks, make_scratch
+from dynamo_kvtc.codec.gpu.kernels.rans_decode import TABLES, decode_chunks
 from dynamo_kvtc.codec.gpu.kernels.rans_encode import encode_chunks
 from dynamo_kvtc.codec.gpu.kernels.rans_lanes import LANES, MAX_SEGMENTS, SYMBOLS
 from dynamo_kvtc.codec.gpu.kernels.rans_write_table import CODE_WORDS, TABLE_BYTES, write_tables
@@ -63,10 +62,6 @@ class RansBatchCoder(BatchCoder):
 
     def __init__(self, gpu: GpuDevice) -> None:
         self._gpu = gpu
-        # Launches follow one another on one stream, so all of them may use the same memory; in the
-        # interpreter they end before the lock is given back.
-        self._lock = threading.Lock()
-        self._scratch: torch.Tensor | None = None
 
     def encode_bytes(self, sizes: Sequence[int]) -> int:
         """Return the bytes of slots and of what is known of segments; see `BatchCoder.encode_bytes`."""
@@ -117,10 +112,7 @@ class RansBatchCoder(BatchCoder):
         places = (source.offsets, source.sizes, target.offsets, target.sizes)
         chunks = self._gpu.upload(torch.tensor(list(zip(*places, strict=True)), dtype=torch.int64))
         faults = torch.empty(len(source.sizes), dtype=torch.int32, device=data.device)
-        with self._lock:
-            if self._scratch is None:
-                self._scratch = make_scratch(self._gpu)
-            decode_chunks(self._gpu, data, plain, chunks, self._scratch, faults)
+        decode_chunks(self._gpu, data, plain, chunks, faults)
 
         def check() -> None:
             for bits in self._gpu.download(faults).tolist():

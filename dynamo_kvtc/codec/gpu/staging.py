@@ -69,9 +69,8 @@ def encode_bytes(
 ) -> int:
     """Return the bytes of device memory that a batch takes while it is encoded.
 
-    Of the side in work: centred rows in bfloat16, what leaves the product unpacked (float32 coefficients with
-    kvtc, nothing with rd), importance sums, lists of escapes. Of all sides: payloads, their copy in aligned
-    slots, the coder's slots, the image of the streams. Rotation tables and indices.
+    Of the side in work: centred rows in bfloat16, importance sums, lists of escapes. Of all sides: payloads,
+    their copy in aligned slots, the coder's slots, the image of the streams. Rotation tables and indices.
 
     Parameters
     ----------
@@ -87,11 +86,11 @@ def encode_bytes(
     for side, layout in zip(sides, layouts, strict=True):
         row = side.mean.numel()
         if isinstance(layout, RdLayout):
-            unpacked, sums = 0, 4 * row // geometry.head_size + _TRIT_BYTES
+            sums = 4 * row // geometry.head_size + _TRIT_BYTES
             lists = 8 * len(counts) * max(map(layout.max_escapes, counts))
         else:
-            unpacked, sums, lists = 4 * stored_components(side, plan_id).numel(), 0, 0
-        work = max(work, (2 * row + unpacked + sums) * sum(counts) + lists)
+            sums, lists = 0, 0
+        work = max(work, (2 * row + sums) * sum(counts) + lists)
     payloads, chunks, headers = 0, [], 0
     for tokens in counts:
         sections = [_section(layout, tokens) for layout in layouts]

@@ -131,13 +131,11 @@ def stage_work(
     plain = sum(side.plain_bytes for side in sides)
     operations = float(sum(2 * side.stored * side.row for side in sides))
     bases = sum(2 * side.padded * side.row for side in sides) / batch_tokens
-    # kvtc: float32 coefficients are written once and read twice.
-    between = sum(12 * side.stored for side in sides if not side.two_bases)
     coefficients = sum(2 * side.padded for side in sides)
     moved = 2 * plain if slots else 0.0
     work = {
         "gather": StageWork(bytes=2 * raw),
-        "project, quantise, pack": StageWork(operations, raw + bases + between + plain),
+        "project, quantise, pack": StageWork(operations, raw + bases + plain),
         "deflate": StageWork(bytes=plain + coded_bytes),
         "assemble": StageWork(bytes=moved + 2 * coded_bytes),
         "copy to host": StageWork(link_bytes=coded_bytes),

@@ -25,7 +25,7 @@ from dynamo_kvtc.codec.gpu.kernels.rans_lanes import (
 )
 from dynamo_kvtc.codec.gpu.kernels.rans_read_table import SLOT_WORDS, fill_slots, read_table
 
-__all__ = ["END", "TABLES", "decode_chunks", "make_scratch"]
+__all__ = ["END", "TABLES", "decode_chunks"]
 
 #: Bits of faults: segments, tables or first states that no encoder writes; words that run out or are left
 #: over, or states that do not end where they began.
@@ -46,14 +46,14 @@ def _decode_kernel(
     data,
     plain,
     chunks,  # int64 [chunks, 4]: first stored byte, stored bytes, first plain byte, plain bytes
-    scratch,  # int32 [programs, SLOT_WORDS]
+    workspace,  # int32 [programs, SLOT_WORDS]
     faults,  # int32 [chunks]
     num_chunks,
 ):
     lane = tl.arange(0, _LANES)
     bit = tl.full((_LANES,), 1, dtype=tl.uint32) << lane.to(tl.uint32)
     behind = bit - 1
-    table = scratch + tl.program_id(0).to(tl.int64) * _SLOT_WORDS
+    table = workspace + tl.program_id(0).to(tl.int64) * _SLOT_WORDS
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         entry = chunks + chunk * 4
         source, out = data + tl.load(entry), plain + tl.load(entry + 2)
@@ -122,18 +122,11 @@ def _decode_kernel(
         tl.store(faults + chunk, tl.where(fits, tl.where(wrong_end, _END, 0), _TABLES))
 
 
-def make_scratch(gpu: GpuDevice) -> torch.Tensor:
-    """Return memory for `decode_chunks`, for one launch at a time: int32 ``[programs, SLOT_WORDS]``."""
-    programs = gpu.programs * gpu.STREAMING
-    return torch.empty((programs, SLOT_WORDS), dtype=torch.int32, device=gpu.device)
-
-
 def decode_chunks(
     gpu: GpuDevice,
     data: torch.Tensor,
     plain: torch.Tensor,
     chunks: torch.Tensor,
-    scratch: torch.Tensor,
     faults: torch.Tensor,
 ) -> None:
     """Decode a batch.
@@ -145,12 +138,12 @@ def decode_chunks(
     chunks : torch.Tensor
         int64 ``[chunks, 4]``: first stored byte (a multiple of 16; bytes up to the next multiple of it behind
         the last one may be read as well), stored bytes, first plain byte, plain bytes.
-    scratch : torch.Tensor
-        What `make_scratch` returned.
     faults : torch.Tensor
         int32 ``[chunks]``, written: 0, or what is wrong with a chunk.
     """
     count = chunks.shape[0]
-    _decode_kernel[gpu.grid(count, gpu.STREAMING)](
-        data, plain, chunks, scratch, faults, count, num_warps=1, num_stages=1
-    )
+    grid = gpu.grid(count, gpu.STREAMING)
+    with gpu.workspace(4 * SLOT_WORDS * grid[0]) as workspace:
+        _decode_kernel[grid](
+            data, plain, chunks, workspace.view(torch.int32), faults, count, num_warps=1, num_stages=1
+        )

@@ -12,7 +12,7 @@ from dynamo_kvtc.codec.gpu.kernels.rans_lanes import SYMBOLS, TOTAL_BITS, load_w
 
 __all__ = ["SLOT_WORDS", "WEIGHTS", "fill_slots", "read_table", "spread"]
 
-#: Words (int32) of a program's scratch memory: an entry for each slot, and one for each symbol that occurs.
+#: Words (int32) of a program's workspace: an entry for each slot, and one for each symbol that occurs.
 SLOT_WORDS = (1 << TOTAL_BITS) + SYMBOLS
 
 #: Weight of each level; 0 stands for symbols that do not occur.
