@@ -31,6 +31,7 @@ from dynamo_kvtc.codec.geometry import KvGeometry, LayerRange
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.entropy_batch import HostBatchCoder, place
 from dynamo_kvtc.codec.gpu.gpu_codec import GpuCodec
+from dynamo_kvtc.codec.gpu.kernels.xxh3 import check_chunks, make_keys
 from dynamo_kvtc.codec.gpu.rans_batch import RansBatchCoder
 from dynamo_kvtc.codec.open import open_codec
 
@@ -124,6 +125,12 @@ def compile_rans(gpu: GpuDevice) -> None:
     coder.decode(plain, slots, plain, slots)
 
 
+def compile_xxh3(gpu: GpuDevice) -> None:
+    """Launch the kernel of checksums, which only chunks that arrive in device memory need."""
+    chunks = torch.zeros((3, 3), dtype=torch.int64)
+    check_chunks(gpu, torch.zeros(1024, dtype=torch.uint8), chunks, make_keys(gpu))
+
+
 def main() -> None:
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(_Driver(capability))  # type: ignore[arg-type]
@@ -146,6 +153,7 @@ def main() -> None:
         views = [torch.empty((18, 8, 2, geometry.head_size), dtype=geometry.torch_dtype)] * 4
         codec.scatter([part], LayerRange(0, 1), views, views, [*range(17), -1])
     compile_rans(gpu)
+    compile_xxh3(gpu)
     for name, kernel in sorted(compiled.kernels.items()):
         print(json.dumps({"name": name, **_describe(kernel)}))
 

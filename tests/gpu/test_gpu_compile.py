@@ -38,6 +38,7 @@ def test_kernels_compile_for_hopper(cache: Path, head_size: int, dtype: str) -> 
         assert loop["other loads"] == loop["local memory"] == loop["divisions"] == 0, kernel
         assert 96 << 10 <= kernel["shared"] <= 227 << 10, kernel
     check_rans({kernel["name"].split(".")[0]: kernel for kernel in kernels})
+    assert any(kernel["name"].startswith("xxh3.") for kernel in kernels)
     for kernel in kernels:
         # Addresses and counts around a product's loop, once a tile.
         most = 512 if kernel["name"].startswith("project") else 0
