@@ -74,6 +74,7 @@ def open_gpu_codec(
     staging_bytes: int,
     sm_share: float,
     priority: str,
+    landing_bytes: int = 0,
 ) -> GpuCodec:
     """Return the codec that serves caches on a GPU in place of `host`, ready to work.
 
@@ -85,6 +86,8 @@ def open_gpu_codec(
         Tokens of a tier block, and the memory for what is in flight; see `dynamo_kvtc.codec.gpu.staging`.
     sm_share, priority : float, str
         As `GpuDevice.open` takes them.
+    landing_bytes : int
+        What of `staging_bytes` is left for stored bytes, which are read into it.
 
     Raises
     ------
@@ -93,7 +96,7 @@ def open_gpu_codec(
     LayoutError
         If heads have an odd number of channels, or weights are too large.
     ConfigError
-        If one tier block does not fit into half of `staging_bytes`.
+        If one tier block does not fit into half of what is left of `staging_bytes`.
     """
     try:
         import triton
@@ -108,14 +111,15 @@ def open_gpu_codec(
 
     if isinstance(device, torch.device):
         device = GpuDevice.open(device, sm_share=sm_share, priority=priority)
-    codec = GpuCodec(host, device, staging_bytes=staging_bytes, block_tokens=block_tokens)
+    left = staging_bytes - landing_bytes
+    codec = GpuCodec(host, device, staging_bytes=left, block_tokens=block_tokens)
     if min(codec.most_encode_tokens, codec.most_open_tokens) < block_tokens:
-        needed = 2 * block_tokens * codec.token_bytes
+        needed = -(-2 * block_tokens * codec.token_bytes * staging_bytes // left)
         raise ConfigError(
             f"codec.gpu.memory of {staging_bytes} bytes does not hold two tier blocks of {block_tokens} "
             f"tokens: set it to {needed} or more, or lower policy.tier_block_tokens"
         )
-    device.reserve(staging_bytes)
+    device.reserve(left)
     codec.warm_up()
     self_test(codec)
     return codec

@@ -20,7 +20,10 @@ from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.errors import KvtcError
 
-__all__ = ["REACHED", "Completion", "EncodedStream", "PagedBlock", "PagedCodec", "PendingEncode"]
+__all__ = ["REACHED", "Completion", "EncodedStream", "PagedBlock", "PagedCodec", "Payload", "PendingEncode"]
+
+#: A layer group's bytes of a stream: on the host, or uint8 ``[bytes]`` on a codec's device.
+Payload = Buffer | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +158,25 @@ class PagedCodec(KvCodec):
 
     @abstractmethod
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> list[Any | KvtcError]:
         """Do what `open_group` does for several streams in one batch; blocks the thread.
+
+        Parameters
+        ----------
+        payloads : Sequence[Payload]
+            On the host, or on `device`: those are runs of one tensor, begin at multiples of 16 bytes, and are
+            there; nothing reads them any more when the call ends.
 
         Returns
         -------
         list
             For each stream an opened group, which knows its ``num_tokens``, or what is wrong with it.
         """
+
+    @abstractmethod
+    def landing_problem(self) -> str | None:
+        """Say why payloads should not lie on `device`, None if they may; blocks the thread."""
 
     @abstractmethod
     def scatter(

@@ -195,7 +195,9 @@ class TransferConfig(Section):
 
     gds: bool = False
     """Read and write files through NIXL's GDS plugin (NVIDIA GPUDirect Storage, cuFile), past the page cache,
-    into the pinned staging memory. Needs the kernel driver nvidia-fs; refused at start without it."""
+    into the pinned staging memory. Where a GPU decodes, disk tiers without encryption are read straight into
+    its memory, a fourth of `codec.gpu.memory`. Needs the kernel driver nvidia-fs; refused at start without
+    it."""
 
 
 class PipelineConfig(Section):

@@ -18,6 +18,7 @@ from dynamo_kvtc.observability import Counters, MetricsEndpoint
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks, split_tier_blocks, tier_keys
 from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary
 from dynamo_kvtc.pipeline.choosing import Chooser
+from dynamo_kvtc.pipeline.device_staging import DeviceStaging
 from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.events import EventLog
 from dynamo_kvtc.pipeline.handle import OnboardHandle
@@ -80,6 +81,8 @@ class TierAdapter:
         What may be encoded with, under the quality guard; `codec` decodes all of it. By default `codec`.
     device_codec : PagedCodec, optional
         Serves caches on its device in place of `codec`; its streams are the same.
+    device_staging : DeviceStaging, optional
+        Memory of that device, which stored bytes are read into where that can be.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class TierAdapter:
         costs: CostPolicy | None = None,
         encoders: Encoders | None = None,
         device_codec: PagedCodec | None = None,
+        device_staging: DeviceStaging | None = None,
     ) -> None:
         policy.check_block_size(block_size)
         self.codec, self.policy, self.block_size, self.tiers = codec, policy, block_size, tiers
@@ -123,7 +127,7 @@ class TierAdapter:
         # Threads of their own: offloading must not delay onboarding.
         self._offload_threads = ThreadPoolExecutor(2, thread_name_prefix="kvtc-encode")
         self.decode_threads = single_threaded_pool(decode_threads, "kvtc-decode")
-        self.boundaries = Boundaries(codec, self.encoders, device_codec)
+        self.boundaries = Boundaries(codec, self.encoders, device_codec, device_staging)
         self._offloader = Offloader(
             self.encoders,
             self.boundaries,

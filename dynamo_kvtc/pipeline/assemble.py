@@ -41,6 +41,7 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.observability import configure_logging
 from dynamo_kvtc.observability.tracing import prepare_tracing
 from dynamo_kvtc.pipeline.adapter import TierAdapter
+from dynamo_kvtc.pipeline.device_staging import landing_bytes, open_device_staging
 from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.expose import expose
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
@@ -150,12 +151,13 @@ async def open_adapter(
                 memory = await StagingPool.create(agent, tier_config.upload_queue)
                 opened.push_async_callback(memory.close)
                 behind[tier.name] = WriteBehind(tier, memory, at_once=tier_config.uploads)
+        stack = TierStack(tiers, staging=staging, gates=_gates(config), behind=behind)
         adapter = TierAdapter(
             codec,
             artifact_id,
             agent,
             staging,
-            TierStack(tiers, staging=staging, gates=_gates(config), behind=behind),
+            stack,
             policy,
             block_size,
             salt=config.security.salt.encode(),
@@ -171,6 +173,7 @@ async def open_adapter(
             costs=_costs(config),
             encoders=encoders,
             device_codec=device_codec,
+            device_staging=await open_device_staging(config, agent, device_codec, stack),
         )
         adapter.artifact = {"id": artifact_id.hex(), **_encoder(config)}
         if config.observability.metrics_port is not None:
@@ -314,6 +317,7 @@ def _device_codec(
             device,
             block_tokens=config.policy.tier_block_tokens,
             staging_bytes=wanted.gpu.memory,
+            landing_bytes=landing_bytes(config),
             sm_share=wanted.gpu.sm_share,
             priority=wanted.gpu.priority,
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dynamo_kvtc.codec.base import Buffer, KvCodec, TierBlock
+from dynamo_kvtc.codec.base import KvCodec, TierBlock
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.paged_codec import (
@@ -24,9 +24,11 @@ from dynamo_kvtc.codec.paged_codec import (
     EncodedStream,
     PagedBlock,
     PagedCodec,
+    Payload,
     PendingEncode,
 )
 from dynamo_kvtc.errors import KvtcError
+from dynamo_kvtc.pipeline.device_staging import DeviceStaging
 from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 
@@ -48,12 +50,15 @@ class Boundary(ABC):
         Whether what is opened is only held here: it is decoded later, and measured then.
     most_encode_tokens, most_open_tokens : int or None
         Tokens that may be encoded, and of which a layer group may be opened, in one go; None: any number.
+    device_staging : DeviceStaging or None
+        Where payloads may lie besides host memory.
     """
 
     launches: bool
     holds: bool = False
     most_encode_tokens: int | None = None
     most_open_tokens: int | None = None
+    device_staging: DeviceStaging | None = None
 
     @abstractmethod
     def begin_encode(
@@ -75,7 +80,7 @@ class Boundary(ABC):
 
     @abstractmethod
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> Sequence[Any | KvtcError]:
         """Open one layer group of several streams; see `PagedCodec.open_groups`."""
 
@@ -153,12 +158,13 @@ class HostBoundary(Boundary):
         return _HostEncode(self._encoders, encoder, cut_blocks(keys, values, blocks))
 
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> Sequence[Any | KvtcError]:
         """Open one layer group of several streams, one after the other."""
         return [self._open(*one) for one in zip(headers, [group] * len(headers), payloads, strict=True)]
 
-    def _open(self, header: StreamHeader, group: int, payload: Buffer) -> Any | KvtcError:
+    def _open(self, header: StreamHeader, group: int, payload: Payload) -> Any | KvtcError:
+        assert not isinstance(payload, torch.Tensor)  # it has no device staging
         try:
             return self._codec.open_group(header, group, payload)
         except KvtcError as error:
@@ -227,12 +233,21 @@ class DeviceBoundary(Boundary):
         Check samples, which never leave the device.
     host : HostBoundary
         Encodes and decodes streams of other profiles (raw ones), which are copied out and in.
+    device_staging : DeviceStaging, optional
+        Memory of the codec's device, for payloads.
     """
 
     launches = True
 
-    def __init__(self, codec: PagedCodec, encoders: Encoders, host: HostBoundary) -> None:
+    def __init__(
+        self,
+        codec: PagedCodec,
+        encoders: Encoders,
+        host: HostBoundary,
+        device_staging: DeviceStaging | None = None,
+    ) -> None:
         self._codec, self._encoders, self._host = codec, encoders, host
+        self.device_staging = device_staging
         self.most_encode_tokens = codec.most_encode_tokens
         self.most_open_tokens = codec.most_open_tokens
 
@@ -256,7 +271,7 @@ class DeviceBoundary(Boundary):
         return _GuardedPending(pending, self._encoders, encoder, codec, copies)
 
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> Sequence[Any | KvtcError]:
         """Open one layer group of several streams: those that the device reads in one batch."""
         own = [index for index, header in enumerate(headers) if header.profile is self._codec.profile]
@@ -317,13 +332,23 @@ class Boundaries:
         What may be encoded with.
     device_codec : PagedCodec, optional
         For caches on its device.
+    device_staging : DeviceStaging, optional
+        Memory of that device, for payloads.
     """
 
-    def __init__(self, codec: KvCodec, encoders: Encoders, device_codec: PagedCodec | None = None) -> None:
+    def __init__(
+        self,
+        codec: KvCodec,
+        encoders: Encoders,
+        device_codec: PagedCodec | None = None,
+        device_staging: DeviceStaging | None = None,
+    ) -> None:
         #: The CPU's, which serves any cache.
         self.host = HostBoundary(codec, encoders)
-        self._device = None if device_codec is None else DeviceBoundary(device_codec, encoders, self.host)
-        self._place = None if device_codec is None else device_codec.device
+        self._device, self._place = None, None
+        if device_codec is not None:
+            self._device = DeviceBoundary(device_codec, encoders, self.host, device_staging)
+            self._place = device_codec.device
 
     def of(self, cache: PagedKvCache) -> Boundary:
         """Return the boundary of a cache."""

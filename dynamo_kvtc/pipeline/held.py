@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from dynamo_kvtc.codec.base import Buffer
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
-from dynamo_kvtc.codec.paged_codec import REACHED, Completion, PagedBlock, PendingEncode
+from dynamo_kvtc.codec.paged_codec import REACHED, Completion, PagedBlock, Payload, PendingEncode
 from dynamo_kvtc.errors import KvtcError, LayoutError, ObjectMissingError
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.boundary import Boundary, Fence
@@ -177,7 +179,7 @@ class _Receiver(Boundary):
         raise LayoutError("streams that are held are encoded already")
 
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> Sequence[Any | KvtcError]:
         """Open one layer group of several streams for trial, and keep the sound ones' bytes."""
         start = time.perf_counter()
@@ -192,7 +194,8 @@ class _Receiver(Boundary):
             for fault, header, payload in zip(faults, headers, payloads, strict=True)
         ]
 
-    def _keep(self, header: StreamHeader, group: int, payload: Buffer, tried_s: float) -> int | KvtcError:
+    def _keep(self, header: StreamHeader, group: int, payload: Payload, tried_s: float) -> int | KvtcError:
+        assert not isinstance(payload, torch.Tensor)  # it has no device staging
         try:
             self._streams.keep(self._slots[header.binding], header, group, payload, tried_s)
         except KvtcError as error:

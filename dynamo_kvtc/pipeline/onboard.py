@@ -21,7 +21,7 @@ from typing import Any
 
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import LayerRange
-from dynamo_kvtc.codec.paged_codec import Completion
+from dynamo_kvtc.codec.paged_codec import Completion, Payload
 from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import (
     BitstreamError,
@@ -143,6 +143,7 @@ class _Request:
             self._prefix,
             self._timeline,
             self._counters,
+            self._boundary.device_staging,
         )
 
     async def run(self) -> None:
@@ -237,7 +238,7 @@ class _Request:
         geometry = self._codec.geometry
         return self._policy.tier_block_tokens * geometry.token_bytes * layers.count // geometry.num_layers
 
-    async def _open(self, unit: Unit, payloads: list[memoryview]) -> list[_Opened]:
+    async def _open(self, unit: Unit, payloads: Sequence[Payload]) -> list[_Opened]:
         headers, count = self._reader.headers, min(unit.stop, self._prefix.count) - unit.first
         # All in one batch for a device; for the CPU one tier block each, side by side.
         size = max(count, 1) if self._boundary.launches else 1

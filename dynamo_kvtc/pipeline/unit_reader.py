@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -10,11 +11,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
+from dynamo_kvtc.codec.paged_codec import Payload
 from dynamo_kvtc.deadline import wait_out
 from dynamo_kvtc.errors import KvtcError, ObjectMissingError, StreamMismatchError
 from dynamo_kvtc.observability import Counters
+from dynamo_kvtc.pipeline.device_staging import DeviceStaging
 from dynamo_kvtc.pipeline.onboard_settings import OnboardSettings
 from dynamo_kvtc.pipeline.sound_prefix import SoundPrefix
 from dynamo_kvtc.pipeline.threads import run_to_end
@@ -23,10 +28,13 @@ from dynamo_kvtc.pipeline.units import Unit
 from dynamo_kvtc.policy import OffloadPolicy
 from dynamo_kvtc.tiers.base import ReadRequest
 from dynamo_kvtc.tiers.stack import TierStack
+from dynamo_kvtc.transfer.device_memory import tensor_of
 from dynamo_kvtc.transfer.memory import MemorySpan
 from dynamo_kvtc.transfer.staging import StagingPool
 
 __all__ = ["ReadUnit", "UnitReader"]
+
+_log = logging.getLogger(__name__)
 
 #: Reads end at this share of an onboard's deadline, so that a tier is told when it was what took too long.
 _READ_SHARE = 0.95
@@ -38,15 +46,16 @@ class ReadUnit:
 
     Attributes
     ----------
-    payloads : list[memoryview]
-        The layer group's bytes of each tier block of the unit that was sound when it was read.
+    payloads : Sequence[Payload]
+        The layer group's bytes of each tier block of the unit that was sound when it was read: all of them on
+        the host, or all of them on the device.
     leases : AsyncExitStack
         Holds the staging memory they lie in, and the unit's place among those in flight; whoever takes the
         unit closes it.
     """
 
     unit: Unit
-    payloads: list[memoryview]
+    payloads: Sequence[Payload]
     leases: AsyncExitStack
 
 
@@ -61,6 +70,8 @@ class UnitReader:
         The request; it is shortened by what fails.
     executor : Executor
         Checks headers.
+    device_staging : DeviceStaging, optional
+        Where units go that need not pass through the host.
     """
 
     def __init__(
@@ -74,10 +85,11 @@ class UnitReader:
         prefix: SoundPrefix,
         timeline: Timeline,
         counters: Counters,
+        device_staging: DeviceStaging | None = None,
     ) -> None:
         self._codec, self._tiers, self._staging, self._policy = codec, tiers, staging, policy
         self._settings, self._executor, self._prefix = settings, executor, prefix
-        self._timeline, self._counters = timeline, counters
+        self._timeline, self._counters, self._device = timeline, counters, device_staging
         self._until = time.monotonic() + _READ_SHARE * settings.timeout_s
         #: Headers of the leading tier blocks, once they are read.
         self.headers: list[StreamHeader] = []
@@ -157,7 +169,7 @@ class UnitReader:
         finally:
             self._arrived.put_nowait(None)
 
-    async def _read(self, unit: Unit, leases: AsyncExitStack) -> list[memoryview]:
+    async def _read(self, unit: Unit, leases: AsyncExitStack) -> Sequence[Payload]:
         spans_in_stream = [
             self.headers[index].group_span(unit.group)
             for index in range(unit.first, min(unit.stop, self._prefix.count))
@@ -165,21 +177,67 @@ class UnitReader:
         total = sum(stop - start for start, stop in spans_in_stream)
         if not total:  # the request ended in front of this unit, or its plan stores nothing
             return [memoryview(b"")] * len(spans_in_stream)
+        if self._device is not None:
+            landed = await self._land(self._device, unit, spans_in_stream, leases)
+            if landed is not None:
+                return landed
         lease = self._staging.lease(total, timeout_s=self._settings.timeout_s)
         span = await leases.enter_async_context(lease)
-        reads, offset = [], 0
-        for ref, (start, stop) in zip(self._prefix.refs[unit.first :], spans_in_stream, strict=False):
-            reads.append(ReadRequest(ref.key, start, span.slice(offset, stop - start)))
-            offset += stop - start
+        reads = self._requests(unit, spans_in_stream, span)
         await self._get(reads, unit)
         return [read.into.view for read in reads]
+
+    def _requests(
+        self, unit: Unit, spans_in_stream: Sequence[tuple[int, int]], into: MemorySpan
+    ) -> list[ReadRequest]:
+        """Return what to read of each of a unit's tier blocks, one behind the other into `into`."""
+        reads, offset = [], 0
+        for ref, (start, stop) in zip(self._prefix.refs[unit.first :], spans_in_stream, strict=False):
+            reads.append(ReadRequest(ref.key, start, into.slice(offset, stop - start)))
+            offset += stop - start
+        return reads
+
+    async def _land(
+        self,
+        device: DeviceStaging,
+        unit: Unit,
+        spans_in_stream: Sequence[tuple[int, int]],
+        leases: AsyncExitStack,
+    ) -> list[torch.Tensor] | None:
+        """Read a unit into the device's memory.
+
+        Returns
+        -------
+        list[torch.Tensor] or None
+            None if that cannot be, or fails: read over the host, the unit is judged there.
+        """
+        some = slice(unit.first, unit.first + len(spans_in_stream))
+        total = sum(stop - start for start, stop in spans_in_stream)
+        keys = [ref.key for ref in self._prefix.refs[some]]
+        span = device.try_lease(keys, self.headers[some], total)
+        if span is None:
+            return None
+        async with AsyncExitStack() as lease:
+            lease.callback(device.release, span)
+            reads = self._requests(unit, spans_in_stream, span)
+            try:
+                await self._transfer(reads, unit)
+            except KvtcError as error:
+                _log.debug("a unit could not be read into the device's memory: %s", error)
+                return None
+            leases.push_async_callback(lease.pop_all().aclose)
+        device.landed_bytes += total
+        return [tensor_of(read.into) for read in reads]
+
+    async def _transfer(self, reads: Sequence[ReadRequest], unit: Unit) -> None:
+        record = self._timeline.record("transfer", unit.group, unit.first, unit.count)
+        with record, self._counters.timed("transfer"):
+            await self._tiers.get(reads, timeout_s=max(0.0, self._until - time.monotonic()))
 
     async def _get(self, reads: list[ReadRequest], unit: Unit) -> None:
         """Read a unit; a failure ends the request in front of the first tier block that fails."""
         try:
-            record = self._timeline.record("transfer", unit.group, unit.first, unit.count)
-            with record, self._counters.timed("transfer"):
-                await self._tiers.get(reads, timeout_s=max(0.0, self._until - time.monotonic()))
+            await self._transfer(reads, unit)
         except KvtcError as error:
             missing = unit.first
             if isinstance(error, ObjectMissingError):

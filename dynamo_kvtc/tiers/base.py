@@ -145,6 +145,11 @@ class Tier(ABC):
 
     name: str
 
+    @property
+    def reads_into_device(self) -> bool:
+        """Whether `get` also fills registered memory of a device, without looking at the bytes itself."""
+        return False
+
     @abstractmethod
     async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
         """Return how many leading `keys` are stored whole. Touches them for eviction order."""

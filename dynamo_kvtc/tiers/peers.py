@@ -346,5 +346,7 @@ def _damaged(placed: _Placed) -> set[TierKey]:
     return {
         read.key
         for read, _, at in placed
-        if read.into.nbytes == at.nbytes and xxhash.xxh3_64_intdigest(read.into.view) != at.checksum
+        if read.into.nbytes == at.nbytes
+        and not read.into.region.on_device
+        and xxhash.xxh3_64_intdigest(read.into.view) != at.checksum
     }

@@ -245,6 +245,11 @@ class SharedDiskTier(Tier):
             if not self._closed:
                 self._claims.release(key)
 
+    @property
+    def reads_into_device(self) -> bool:
+        """True: objects of every worker are read as those of a `DiskTier`."""
+        return True
+
     async def get(self, reads: Sequence[ReadRequest], *, timeout_s: float) -> None:
         """Move byte ranges of objects of any worker into registered memory; see `Tier.get`."""
         self._own._check_usable()

@@ -225,6 +225,8 @@ class TierStack:
                     pending += group
 
     async def _read(self, tier: Tier, reads: list[ReadRequest], timeout_s: float) -> None:
+        if not tier.reads_into_device and any(read.into.region.on_device for read in reads):
+            raise TransferError(f"the {tier.name} tier does not read into a device's memory")
         clock = self._clocks[tier.name]
         clock.start()
         nbytes = 0

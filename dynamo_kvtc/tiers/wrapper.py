@@ -17,6 +17,11 @@ class TierWrapper(Tier):
         self.inner = inner
         self.name = inner.name
 
+    @property
+    def reads_into_device(self) -> bool:
+        """See `Tier.reads_into_device`."""
+        return self.inner.reads_into_device
+
     async def contains_prefix(self, keys: Sequence[TierKey]) -> int:
         """See `Tier.contains_prefix`."""
         return await self.inner.contains_prefix(keys)

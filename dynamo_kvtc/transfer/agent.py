@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dynamo_kvtc.deadline import in_time, wait_out
 from dynamo_kvtc.errors import TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
-from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends
+from dynamo_kvtc.transfer.descriptors import Span, cut_pairs, furthest_ends, local_kind
 from dynamo_kvtc.transfer.files import FileRegion, FileSpan
 from dynamo_kvtc.transfer.gds import GDS, open_direct
 from dynamo_kvtc.transfer.in_flight import InFlight
@@ -89,18 +86,23 @@ class TransferAgent:
             If `nbytes` is below 1.
         """
         self._check_usable()
-        if nbytes < 1:
-            raise ValueError(f"a region needs at least one byte, not {nbytes}")
-        try:
-            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise TransferError(f"cannot allocate {nbytes} bytes of host memory: {error}") from error
-        region = MemoryRegion(np.frombuffer(memory, dtype=np.uint8), None)
-        await self._register(region)
-        self._memory.add(region)
+        region = MemoryRegion.allocate(nbytes)
+        await self.register_memory(region)
         if pinned:
             await self._pin(region)
         return region
+
+    async def register_memory(self, region: MemoryRegion) -> None:
+        """Register memory that is there already, such as a `DeviceRegion`; `free` undoes it.
+
+        Raises
+        ------
+        TransferError
+            If it cannot be registered.
+        """
+        self._check_usable()
+        await self._register(region)
+        self._memory.add(region)
 
     async def _pin(self, region: MemoryRegion) -> None:
         """Pin a region for CUDA; a cancelled caller waits until that is over, and the region goes."""
@@ -228,14 +230,15 @@ class TransferAgent:
         local, remote = cut_pairs(pairs, self._settings.max_post_bytes)
         if not len(local):
             return
-        ends = furthest_ends(remote) if kind == "read" else {}
+        near_kind, ends = local_kind(pairs), furthest_ends(remote) if kind == "read" else {}
         deadline = self._loop.time() + timeout_s
         if timeout_s <= 0:
             self._timed_out += 1
             raise TransferTimeoutError(f"the deadline of a {kind} passed before it began")
         await self._acquire_slot(timeout_s)
         finished: asyncio.Future[None] = self._loop.create_future()
-        transfer = Transfer(operation, backend, remote_kind, local, remote, ends, self._report(finished))
+        report = self._report(finished)
+        transfer = Transfer(operation, backend, near_kind, remote_kind, local, remote, ends, report)
         self._started(transfer, pairs)
         self._owners.owner.submit(transfer)
         try:

@@ -31,6 +31,7 @@ __all__ = [
     "OBJ",
     "POSIX",
     "UCX",
+    "VRAM",
     "NixlHandle",
     "add_gds",
     "create_nixl_agent",
@@ -38,7 +39,7 @@ __all__ = [
     "load_nixl",
 ]
 
-DRAM, FILE = "DRAM", "FILE"
+DRAM, VRAM, FILE = "DRAM", "VRAM", "FILE"
 UCX, POSIX, OBJ = "UCX", "POSIX", "OBJ"
 
 #: Backends that memory is registered with, in an agent that has them.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dynamo_kvtc.transfer.files import FileSpan
 from dynamo_kvtc.transfer.memory import MemorySpan
 
-__all__ = ["Span", "cut_pairs", "furthest_ends"]
+__all__ = ["Span", "cut_pairs", "furthest_ends", "local_kind"]
 
 Span = MemorySpan | FileSpan
 
@@ -35,13 +35,21 @@ def cut_pairs(
     for near, far in pairs:
         if near.nbytes != far.nbytes:
             raise ValueError(f"cannot move {near.nbytes} bytes from or to a span of {far.nbytes}")
-        near_start, _ = _place(near)
+        near_start, near_device = _place(near)
         far_start, device = _place(far)
         for done in range(0, near.nbytes, max_bytes):
             size = min(max_bytes, near.nbytes - done)
-            local.append((near_start + done, size, 0))
+            local.append((near_start + done, size, near_device))
             remote.append((far_start + done, size, device))
     return _rows(local), _rows(remote)
+
+
+def local_kind(pairs: Sequence[tuple[MemorySpan, Span]]) -> str:
+    """Return the kind of memory that all local spans are of; a `ValueError` if they are of several."""
+    kinds = {near.region.kind for near, _ in pairs}
+    if len(kinds) != 1:
+        raise ValueError(f"one transfer moves one kind of local memory, not {sorted(kinds)}")
+    return kinds.pop()
 
 
 def furthest_ends(rows: NDArray[np.uint64]) -> dict[int, int]:
@@ -56,7 +64,7 @@ def furthest_ends(rows: NDArray[np.uint64]) -> dict[int, int]:
 def _place(span: Span) -> tuple[int, int]:
     if isinstance(span, FileSpan):
         return span.offset, span.region.fd
-    return span.address, 0
+    return span.address, span.region.device
 
 
 def _rows(rows: list[tuple[int, int, int]]) -> NDArray[np.uint64]:

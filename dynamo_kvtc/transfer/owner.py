@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from dynamo_kvtc.errors import TransferError
 from dynamo_kvtc.transfer.backend import (
-    DRAM,
     MEMORY_BACKENDS,
     OBJ,
+    VRAM,
     NixlHandle,
     add_gds,
     create_nixl_agent,
@@ -50,8 +50,8 @@ class Transfer:
     ----------
     operation : str
         ``"WRITE"``: local to remote, or ``"READ"``: remote to local.
-    backend, remote_kind : str
-        Which NIXL backend moves it, and what the remote rows describe.
+    backend, local_kind, remote_kind : str
+        Which NIXL backend moves it, and what the local and the remote rows describe.
     local, remote : numpy.ndarray
         uint64 ``[n, 3]``: address (or file offset), bytes, device (or file descriptor).
     minimum_file_bytes : Mapping[int, int]
@@ -62,6 +62,7 @@ class Transfer:
 
     operation: str
     backend: str
+    local_kind: str
     remote_kind: str
     local: NDArray[np.uint64]
     remote: NDArray[np.uint64]
@@ -129,9 +130,10 @@ class OwnerThread:
                 add_gds(self._agent, gds_options(settings.max_descriptors, settings.max_transfers))
                 self.file_mode = "gds"
 
-    @property
-    def memory_backends(self) -> list[str]:
-        """Backends that memory is registered with."""
+    def backends_of(self, kind: str) -> list[str]:
+        """Return the backends that memory of a kind is registered with."""
+        if kind == VRAM:
+            return [GDS]
         if self._settings.object_store is not None:
             return [OBJ]
         return [*MEMORY_BACKENDS, GDS] if self._settings.gds else MEMORY_BACKENDS
@@ -248,7 +250,7 @@ class OwnerThread:
                 _check_file_sizes(transfer.minimum_file_bytes)
             handle = agent.initialize_xfer(
                 transfer.operation,
-                agent.get_xfer_descs(transfer.local[first : first + rows], DRAM),
+                agent.get_xfer_descs(transfer.local[first : first + rows], transfer.local_kind),
                 agent.get_xfer_descs(transfer.remote[first : first + rows], transfer.remote_kind),
                 agent.name,
                 b"",

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from dynamo_kvtc.deadline import in_time
 from dynamo_kvtc.errors import KvtcError, TransferError
-from dynamo_kvtc.transfer.backend import DRAM
 from dynamo_kvtc.transfer.files import FileRegion
 from dynamo_kvtc.transfer.memory import MemoryRegion
 from dynamo_kvtc.transfer.owner import OwnerThread
@@ -54,7 +53,8 @@ async def register(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Non
         If NIXL refuses or does not answer.
     """
     if isinstance(region, MemoryRegion):
-        rows, kind, backends = [(region.address, region.nbytes, 0, "")], DRAM, owner.memory_backends
+        rows = [(region.address, region.nbytes, region.device, "")]
+        kind, backends = region.kind, owner.backends_of(region.kind)
     else:
         rows = [(0, region.nbytes, region.fd, region.registered_name)]
         kind, backends = region.kind, [region.backend]
@@ -82,7 +82,9 @@ def release(owner: OwnerThread, region: MemoryRegion | FileRegion) -> Future[Non
 
     def work() -> None:
         try:
-            backends = owner.memory_backends if isinstance(region, MemoryRegion) else [region.backend]
+            backends = (
+                owner.backends_of(region.kind) if isinstance(region, MemoryRegion) else [region.backend]
+            )
             owner.deregister(registration, backends)
         finally:
             if isinstance(region, MemoryRegion) and region.pinned:

@@ -17,6 +17,7 @@ from dynamo_kvtc.codec.paged_codec import PagedCodec
 from dynamo_kvtc.codec.raw import RawCodec
 from dynamo_kvtc.pipeline.adapter import TierAdapter
 from dynamo_kvtc.pipeline.blocks import SequenceBlocks
+from dynamo_kvtc.pipeline.device_staging import DeviceStaging
 from dynamo_kvtc.pipeline.encoders import Encoders
 from dynamo_kvtc.pipeline.onboard import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
@@ -26,6 +27,7 @@ from dynamo_kvtc.tiers.disk import DiskTier
 from dynamo_kvtc.tiers.host import HostTier
 from dynamo_kvtc.tiers.stack import TierStack
 from dynamo_kvtc.transfer.agent import TransferAgent
+from dynamo_kvtc.transfer.device_memory import DeviceRegion
 from dynamo_kvtc.transfer.staging import StagingPool
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "codec"))
@@ -49,6 +51,7 @@ class Rig:
     staging: StagingPool
     source: PagedKvCache
     destination: PagedKvCache
+    device_staging: DeviceStaging | None = None
 
     def sequence(
         self, tokens: int, *, name: str = "a", salt: bytes = b"", first_id: int = 0
@@ -113,6 +116,7 @@ async def open_rig(
     policy: OffloadPolicy = POLICY,
     codec: KvCodec | None = None,
     device_codec: PagedCodec | None = None,
+    device_bytes: int = 0,
     encoders: Encoders | None = None,
     gates: Mapping[str, Gate] | None = None,
     store_timeout_s: float = 10.0,
@@ -127,22 +131,31 @@ async def open_rig(
             made.append(wrap(await HostTier.open(agent, host_bytes), "host"))
         if "disk" in tiers:
             made.append(wrap(await DiskTier.open(agent, folder / "disk", 64 << 20), "disk"))
+        stack = TierStack(made, staging=staging, gates=gates)
+        device_staging = None
+        if device_bytes and device_codec is not None:
+            memory = torch.zeros(device_bytes, dtype=torch.uint8, device=device_codec.device)
+            region = DeviceRegion(memory)
+            await agent.register_memory(region)
+            pool = StagingPool(agent, region, alignment=4096, max_waiters=0)
+            device_staging = DeviceStaging(pool, stack, device_codec.profile)
         adapter = await opened.enter_async_context(
             TierAdapter(
                 codec or make_codec(profile),
                 PARAMETERS.artifact_id if profile == "kvtc" else bytes(32),
                 agent,
                 staging,
-                TierStack(made, staging=staging, gates=gates),
+                stack,
                 policy,
                 BLOCK_SIZE,
                 onboard=onboard,
                 encoders=encoders,
                 device_codec=device_codec,
+                device_staging=device_staging,
                 queue_limit=queue_limit,
                 store_timeout_s=store_timeout_s,
                 stores_at_once=stores_at_once,
             )
         )
         source, destination = make_cache(num_blocks, filled=True), make_cache(num_blocks, filled=False)
-        yield Rig(adapter, agent, staging, source, destination)
+        yield Rig(adapter, agent, staging, source, destination, device_staging)

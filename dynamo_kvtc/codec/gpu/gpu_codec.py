@@ -22,6 +22,7 @@ from dynamo_kvtc.codec.gpu.encoding import EncodedSection, PendingBatch, gather_
 from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder
 from dynamo_kvtc.codec.gpu.group_opener import GroupOpener
 from dynamo_kvtc.codec.gpu.kernels.gather import gather_rows
+from dynamo_kvtc.codec.gpu.landed import checksum_problem
 from dynamo_kvtc.codec.gpu.opened import DeviceGroup, join_groups
 from dynamo_kvtc.codec.gpu.resident import Resident
 from dynamo_kvtc.codec.gpu.rotation import rotation_tables
@@ -36,7 +37,7 @@ from dynamo_kvtc.codec.gpu.staging import (
 )
 from dynamo_kvtc.codec.gpu.weights import DeviceWeights
 from dynamo_kvtc.codec.header import SectionKind
-from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec
+from dynamo_kvtc.codec.paged_codec import Completion, PagedBlock, PagedCodec, Payload
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import ArtifactMismatchError, KvtcError
@@ -267,10 +268,16 @@ class GpuCodec(PagedCodec):
         return opened
 
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> list[DeviceGroup | KvtcError]:
         """Open one layer group of several streams in one batch; see `PagedCodec.open_groups`."""
         return self._opener.open_groups(headers, group, payloads)
+
+    def landing_problem(self) -> str | None:
+        """Say whether the host decodes chunks, or the device misjudges checksums."""
+        if not self._coder.inflates:
+            return "chunks are decoded on the host (nvCOMP is missing)"
+        return checksum_problem(self._gpu)
 
     def join(self, parts: Sequence[DeviceGroup]) -> list[DeviceGroup]:
         """Join neighbours of one batch; see `KvCodec.join`."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from dynamo_kvtc.codec.base import Buffer
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.gpu.device import GpuDevice
 from dynamo_kvtc.codec.gpu.entropy_batch import BatchCoder
 from dynamo_kvtc.codec.gpu.faults import fault_error
+from dynamo_kvtc.codec.gpu.kernels.xxh3 import make_keys
+from dynamo_kvtc.codec.gpu.landed import verify_landed
 from dynamo_kvtc.codec.gpu.opened import DeviceGroup, Segment
 from dynamo_kvtc.codec.gpu.opening import StoredGroup, inflate, plan_inflate, sink_payload, verify
 from dynamo_kvtc.codec.gpu.resident import Resident
 from dynamo_kvtc.codec.gpu.staging import Batch, StagingBudget, decode_bytes
 from dynamo_kvtc.codec.header import SectionKind
+from dynamo_kvtc.codec.paged_codec import Payload
 from dynamo_kvtc.codec.sinks import SinkCodec
 from dynamo_kvtc.codec.transform_codec import TransformCodec
 from dynamo_kvtc.errors import BitstreamError, KvtcError
@@ -49,26 +52,59 @@ class GroupOpener:
     ) -> None:
         self._host, self._gpu, self._decoders = host, gpu, decoders
         self._budget, self._resident = budget, resident
+        self._keys = make_keys(gpu)
 
     def open_groups(
-        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Buffer]
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
     ) -> list[DeviceGroup | KvtcError]:
         """Open one layer group of several streams; see `PagedCodec.open_groups`."""
         results: list[DeviceGroup | KvtcError | None] = [None] * len(headers)
-        sound: dict[int, list[tuple[int, StoredGroup]]] = {}
-        for index, (header, payload) in enumerate(zip(headers, payloads, strict=True)):
-            try:
-                with self._gpu.stage("verify"):
-                    stored = verify(header, group, payload)
-            except KvtcError as error:
-                results[index] = error
+        sound: dict[tuple[int, bool], list[tuple[int, StoredGroup]]] = {}
+        for index, stored in self._verified(headers, group, payloads):
+            if isinstance(stored, KvtcError):
+                results[index] = stored
             else:
-                sound.setdefault(header.plan_id, []).append((index, stored))
-        for plan_id, members in sound.items():
+                batch = stored.header.plan_id, stored.is_landed
+                sound.setdefault(batch, []).append((index, stored))
+        for (plan_id, _), members in sound.items():
             opened = self._open_all([stored for _, stored in members], group, plan_id)
             for (index, _), result in zip(members, opened, strict=True):
                 results[index] = result
         return [result for result in results if result is not None]
+
+    def _verified(
+        self, headers: Sequence[StreamHeader], group: int, payloads: Sequence[Payload]
+    ) -> Iterator[tuple[int, StoredGroup | KvtcError]]:
+        """Verify checksums where the bytes are, and yield what is sound or what is wrong, by index."""
+        landed: dict[int, torch.Tensor] = {}
+        for index, payload in enumerate(payloads):
+            if isinstance(payload, torch.Tensor):
+                landed[index] = payload
+                continue
+            try:
+                with self._gpu.stage("verify"):
+                    stored = verify(headers[index], group, payload)
+            except KvtcError as error:
+                yield index, error
+            else:
+                yield index, stored
+        if landed:
+            chosen = [headers[index] for index in landed]
+            with self._gpu.stage("verify"):
+                found = verify_landed(
+                    self._gpu, self._decoders, self._keys, chosen, group, list(landed.values())
+                )
+            yield from zip(landed, found, strict=True)
+
+    @contextmanager
+    def _read_to_the_end(self) -> Iterator[None]:
+        """Wait for the device if the block fails: what it reads may be written again after that."""
+        try:
+            yield
+        except BaseException:
+            if not self._gpu.lost:
+                self._gpu.record().wait()
+            raise
 
     def _open_all(
         self, groups: Sequence[StoredGroup], group: int, plan_id: int
@@ -96,7 +132,7 @@ class GroupOpener:
             )
             for stored in groups
         ]
-        with self._budget.taken_by(batch, needed), gpu.active():
+        with self._budget.taken_by(batch, needed), gpu.active(), self._read_to_the_end():
             payload, check = inflate(gpu, self._decoders, groups, plan, self._host.mapper)
             faults = torch.zeros(len(groups), dtype=torch.int32, device=gpu.device)
             coefficients = []

@@ -1,8 +1,9 @@
 """Stored bytes of one layer group of several streams to coefficients on the device.
 
-Checksums are verified on the CPU, over the compressed bytes in pinned memory, before they are uploaded:
-nvCOMP assumes valid input (rANS kernels do not), and compressed bytes are few. What only shows in a payload
-(padding, numbers that no encoder writes) the kernels report (`dynamo_kvtc.codec.gpu.faults`).
+Checksums are verified before anything is inflated, since nvCOMP assumes valid input (rANS kernels do not): on
+the CPU, over the compressed bytes in pinned memory, before they are uploaded; or on the device, where they
+were read straight into its memory (`dynamo_kvtc.codec.gpu.landed`). What only shows in a payload (padding,
+numbers that no encoder writes) the kernels report (`dynamo_kvtc.codec.gpu.faults`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,23 @@ from dynamo_kvtc.codec.header import Chunk, SectionKind, align
 from dynamo_kvtc.errors import (
     ChunkChecksumError,
     EntropyDecodeError,
+    KvtcError,
     ReservedBitsError,
     TruncatedStreamError,
 )
 
-__all__ = ["InflatePlan", "StoredGroup", "inflate", "plan_inflate", "sink_payload", "verify"]
+__all__ = [
+    "InflatePlan",
+    "StoredGroup",
+    "check_chunk",
+    "check_length",
+    "damaged",
+    "inflate",
+    "plan_inflate",
+    "sink_payload",
+    "stray_padding",
+    "verify",
+]
 
 _SIDES = (SectionKind.KEYS, SectionKind.VALUES)
 
@@ -42,16 +55,32 @@ class StoredGroup:
         Of the stream.
     group : int
         Index of the layer group.
-    payload : memoryview
-        The stream's bytes ``header.group_span(group)``.
+    payload : memoryview or torch.Tensor
+        The stream's bytes ``header.group_span(group)``; as a tensor, a run of uint8 on the device.
+    copies : Mapping[int, memoryview]
+        Of a payload on the device, by offset, the stored bytes of the chunks that the host needs.
     """
 
     header: StreamHeader
     group: int
-    payload: memoryview
+    payload: memoryview | torch.Tensor
+    copies: Mapping[int, memoryview] = field(default_factory=dict)
+
+    @property
+    def is_landed(self) -> bool:
+        """Whether the payload lies on the device."""
+        return isinstance(self.payload, torch.Tensor)
+
+    @property
+    def landed(self) -> torch.Tensor:
+        """All of the memory that a payload on the device is a run of: uint8 ``[bytes]``."""
+        assert isinstance(self.payload, torch.Tensor)
+        return self.payload.as_strided((self.payload.untyped_storage().nbytes(),), (1,), 0)
 
     def stored(self, chunk: Chunk) -> memoryview:
-        """Return a chunk's stored bytes."""
+        """Return a chunk's stored bytes; of a payload on the device, only if the host needs them."""
+        if isinstance(self.payload, torch.Tensor):
+            return self.copies[chunk.offset]
         start = chunk.offset - self.header.group_span(self.group)[0]
         return self.payload[start : start + chunk.stored_size]
 
@@ -64,20 +93,42 @@ def verify(header: StreamHeader, group: int, payload: Buffer) -> StoredGroup:
     TruncatedStreamError, ChunkChecksumError, ReservedBitsError
         As `dynamo_kvtc.codec.bitstream.read_section` does.
     """
-    start, stop = header.group_span(group)
     view = memoryview(payload).cast("B")
-    if len(view) != stop - start:
-        raise TruncatedStreamError(
-            f"layer group {group} spans {stop - start} bytes of the stream, {len(view)} were given"
-        )
-    stored = StoredGroup(header, group, view)
+    if (error := check_length(header, group, len(view))) is not None:
+        raise error
+    base = header.group_span(group)[0]
     for chunk in header.chunks_of(group):
-        if xxhash.xxh3_64_intdigest(stored.stored(chunk)) != chunk.checksum:
-            raise ChunkChecksumError(f"the chunk at byte {chunk.offset} is damaged; drop the stream")
-        end = chunk.offset - start + chunk.stored_size
-        if any(view[end : align(end)]):
-            raise ReservedBitsError(f"the padding behind the chunk at byte {chunk.offset} is not zero")
-    return stored
+        start = chunk.offset - base
+        if (error := check_chunk(chunk, view[start : start + align(chunk.stored_size)])) is not None:
+            raise error
+    return StoredGroup(header, group, view)
+
+
+def check_length(header: StreamHeader, group: int, nbytes: int) -> KvtcError | None:
+    """Return what is wrong with a layer group of `nbytes` bytes, if they are too few or too many."""
+    start, stop = header.group_span(group)
+    if nbytes == stop - start:
+        return None
+    return TruncatedStreamError(
+        f"layer group {group} spans {stop - start} bytes of the stream, {nbytes} were given"
+    )
+
+
+def check_chunk(chunk: Chunk, padded: memoryview) -> KvtcError | None:
+    """Return what is wrong with a chunk's stored bytes or the padding behind them."""
+    if xxhash.xxh3_64_intdigest(padded[: chunk.stored_size]) != chunk.checksum:
+        return damaged(chunk)
+    return stray_padding(chunk) if any(padded[chunk.stored_size :]) else None
+
+
+def damaged(chunk: Chunk) -> KvtcError:
+    """Return the error for a chunk that does not have its checksum."""
+    return ChunkChecksumError(f"the chunk at byte {chunk.offset} is damaged; drop the stream")
+
+
+def stray_padding(chunk: Chunk) -> KvtcError:
+    """Return the error for bits behind a chunk."""
+    return ReservedBitsError(f"the padding behind the chunk at byte {chunk.offset} is not zero")
 
 
 def sink_payload(stored: StoredGroup) -> bytearray:
@@ -109,9 +160,9 @@ class InflatePlan:
     Attributes
     ----------
     starts : list[int]
-        First byte of each stream's group in the uploaded buffer.
+        First byte of each stream's group in the uploaded buffer, or where it lies on the device.
     stored_bytes : int
-        Size of that buffer.
+        Size of the uploaded buffer; 0 where nothing is uploaded.
     sections : dict[SectionKind, list[tuple[int, int]]]
         First byte and bytes of each stream's payload, by side, in the payload buffer.
     payload_bytes : int
@@ -161,13 +212,19 @@ def plan_inflate(groups: Sequence[StoredGroup], decoders: Mapping[int, BatchCode
 
     Parameters
     ----------
+    groups : Sequence[StoredGroup]
+        All on the host, or all on the device, in one tensor's memory.
     decoders : Mapping[int, BatchCoder]
         What the device decodes, by coder; the host does the rest.
     """
     plan = InflatePlan()
     for stored in groups:
         base = stored.header.group_span(stored.group)[0]
-        plan.starts.append(plan.stored_bytes)
+        if isinstance(stored.payload, torch.Tensor):
+            plan.starts.append(int(stored.payload.storage_offset()))
+        else:
+            plan.starts.append(plan.stored_bytes)
+            plan.stored_bytes += _up(len(stored.payload))
         for kind in _SIDES:
             begin = plan.payload_bytes
             for chunk in stored.header.chunks_of(stored.group, kind):
@@ -189,7 +246,6 @@ def plan_inflate(groups: Sequence[StoredGroup], decoders: Mapping[int, BatchCode
                 plan.payload_bytes += size
             plan.sections[kind].append((begin, plan.payload_bytes - begin))
             plan.payload_bytes = _up(plan.payload_bytes)
-        plan.stored_bytes += _up(len(stored.payload))
     return plan
 
 
@@ -200,7 +256,7 @@ def inflate(
     plan: InflatePlan,
     mapper: Mapper = map,
 ) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Upload a batch and begin to inflate it; to be called on the device's stream.
+    """Upload a batch, unless it is on the device, and begin to inflate it; on the device's stream.
 
     Parameters
     ----------
@@ -219,16 +275,14 @@ def inflate(
     payload = torch.empty(plan.payload_bytes, dtype=torch.uint8, device=device)
     checks: list[Callable[[], None]] = []
     if plan.source or plan.from_stored:
-        with gpu.stage("copy to device"):
-            parts = [as_tensor(stored.payload) for stored in groups]
-            data = gpu.upload_all(parts, plan.starts, plan.stored_bytes)
+        data = _on_device(gpu, groups, plan)
         with gpu.stage("unpack, dequantise"):
             copy_ranges(gpu, data, payload, plan.from_stored)
     if plan.source:
         slots = torch.empty(plan.plain_bytes, dtype=torch.uint8, device=device)
         with gpu.stage("inflate"):
             for coder_id, source in plan.source.items():
-                decoder, at = decoders[coder_id], _slots(source, plan.stored_bytes)
+                decoder, at = decoders[coder_id], _slots(source, data.numel())
                 plain = slots if decoder.needs_slots else payload
                 checks.append(decoder.decode(data, at, plain, _slots(plan.plain[coder_id], plain.numel())))
         with gpu.stage("unpack, dequantise"):
@@ -247,6 +301,15 @@ def inflate(
             sound()
 
     return payload, check
+
+
+def _on_device(gpu: GpuDevice, groups: Sequence[StoredGroup], plan: InflatePlan) -> torch.Tensor:
+    """Return uint8 on the device with the groups at their starts."""
+    if groups[0].is_landed:
+        return groups[0].landed
+    parts = [as_tensor(stored.payload) for stored in groups if not isinstance(stored.payload, torch.Tensor)]
+    with gpu.stage("copy to device"):
+        return gpu.upload_all(parts, plan.starts, plan.stored_bytes)
 
 
 def _slots(ranges: Sequence[tuple[int, int]], total: int) -> Slots:
