@@ -173,6 +173,8 @@ def percentages(found: Interval, unchanged: float, digits: str) -> str:
     return f"{mean} % ({low} to {high})"
 
 
+LEGEND = """Changes are against float32 on the same documents, with 95 % intervals over them; keys and values are
+rms errors against the original KV. The JSON beside this has protocol, artifacts and environment."""
 COLUMNS = ("plan and bases", "ratio", "bytes", "keys", "values", "KL", "KL change", "top-1", "top-1 change")
 
 
@@ -198,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--artifacts", type=Path, nargs="+", required=True, help="one for each profile")
     parser.add_argument("--model", default=BUILTIN_SMOLLM2)
-    parser.add_argument("--documents", type=int, default=16, help="held-out documents of 1,280 tokens")
+    parser.add_argument("--documents", type=int, default=8, help="held-out documents of 1,280 tokens")
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     parser.add_argument("--json", metavar="OUT", help="write the result as JSON; - is standard output")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="write the table as Markdown")
@@ -230,7 +232,9 @@ def main() -> None:
     rows = table_rows(found)
     if arguments.markdown:
         lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *rows]
-        arguments.markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        arguments.markdown.write_text(
+            f"{LEGEND}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        )
     if arguments.json == "-":
         print_json(result)
         return
