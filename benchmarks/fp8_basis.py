@@ -173,8 +173,8 @@ def percentages(found: Interval, unchanged: float, digits: str) -> str:
     return f"{mean} % ({low} to {high})"
 
 
-LEGEND = """Changes are against float32 on the same documents, with 95 % intervals over them; keys and values are
-rms errors against the original KV. The JSON beside this has protocol, artifacts and environment."""
+LEGEND = """Changes are against float32 on the same documents, with 95 % intervals over them; keys and values
+are rms errors against the original KV. The JSON beside this has protocol, artifacts and environment."""
 COLUMNS = ("plan and bases", "ratio", "bytes", "keys", "values", "KL", "KL change", "top-1", "top-1 change")
 
 
