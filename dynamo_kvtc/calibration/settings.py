@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from dynamo_kvtc.calibration.capture import RECENT_WINDOW, SINK_TOKENS
@@ -23,7 +24,7 @@ __all__ = [
     "SENSITIVITIES",
     "CalibrationSettings",
     "InputDigests",
-    "default_layers_per_group",
+    "default_layer_groups",
     "digest_inputs",
     "split_layers",
 ]
@@ -41,9 +42,12 @@ DEFAULT_RECALL_SHARES = {"rd": 0.2, "kvtc": 0.0}
 #: Where the rd profile may take the model's sensitivity from.
 SENSITIVITIES = ("gradients", "forward")
 
-#: Largest row of the rd profile's default layer groups, in elements: its covariance takes half a
-#: gigabyte, and its exact eigenvectors some minutes.
+#: Row that the rd profile's default layer groups exceed by a quarter at most, in elements: its covariance
+#: takes half a gigabyte, and its exact eigenvectors some minutes.
 _LARGEST_ROW = 8192
+
+#: With fewer groups, a small first one would cost too many bytes.
+_LEAST_GROUPS_WITH_A_SMALL_FIRST = 4
 
 #: Most layers of the default layer groups: with kvtc this gives the least bytes, with rd its products take no
 #: longer than those of kvtc at like quality; docs/calibration.md and docs/science.md have the measurements.
@@ -72,7 +76,7 @@ class CalibrationSettings:
     max_kls : tuple[float, ...]
         Divergences (nats) to make further plans for, each with the highest ratio that stays within; rd only.
     layers_per_group : int or None
-        Consecutive layers with one basis; None for `default_layers_per_group`.
+        Consecutive layers with one basis; None for `default_layer_groups`.
     document_tokens : int
         Tokens of one document.
     seed : int
@@ -189,9 +193,9 @@ class CalibrationSettings:
 
     def layer_groups(self, geometry: KvGeometry) -> tuple[LayerRange, ...]:
         """Divide a model's layers as these settings say."""
-        return split_layers(
-            geometry.num_layers, self.layers_per_group or default_layers_per_group(self.profile, geometry)
-        )
+        if self.layers_per_group:
+            return split_layers(geometry.num_layers, self.layers_per_group)
+        return default_layer_groups(self.profile, geometry)
 
 
 @dataclass(frozen=True)
@@ -251,19 +255,28 @@ def digest_inputs(settings: CalibrationSettings, folder: Path) -> InputDigests:
     return InputDigests(text, blake2b(canonical.encode(), digest_size=32).hexdigest())
 
 
-def default_layers_per_group(profile: str, geometry: KvGeometry) -> int:
-    """Return how many layers share a basis if nothing is said: 10, with rd perhaps fewer.
+def default_layer_groups(profile: str, geometry: KvGeometry) -> tuple[LayerRange, ...]:
+    """Return which layers share a basis if nothing is said: at most about 10, with rd perhaps fewer.
 
     With rd, more layers find more in common, and the metric keeps early layers from being starved, but the
-    products of a token grow with the row. Rows of more than 8,192 elements would make covariances and
-    eigenproblems too large as well. The groups of rd are as even as they can be.
+    products of a token grow with the row. Rows of much more than 8,192 elements would make covariances and
+    eigenproblems too large as well. Four groups and more begin with one of half the size, so that the first
+    layers are in place early; the others are as even as they can be.
     """
-    most = min(_LAYERS_PER_GROUP, geometry.num_layers)
+    layers = geometry.num_layers
+    most = min(_LAYERS_PER_GROUP, layers)
     if profile == "kvtc":
-        return most
+        return split_layers(layers, most)
     most = min(most, max(1, _LARGEST_ROW // geometry.layer_size))
-    groups = -(-geometry.num_layers // most)
-    return -(-geometry.num_layers // groups)
+    groups = -(-layers // most)
+    if groups < _LEAST_GROUPS_WITH_A_SMALL_FIRST:
+        return split_layers(layers, -(-layers // groups))
+    first = max(1, most // 2)
+    # As many groups as without a small one, unless rows would grow by more than a quarter.
+    others = max(groups - 1, -(-(layers - first) // (most + most // 4)))
+    size, larger = divmod(layers - first, others)
+    starts = accumulate([first] + [size + 1] * larger + [size] * (others - larger), initial=0)
+    return tuple(LayerRange(start, stop - start) for start, stop in pairwise(starts))
 
 
 def split_layers(num_layers: int, layers_per_group: int | None) -> tuple[LayerRange, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dynamo_kvtc.calibration.settings import default_layers_per_group, split_layers
+from dynamo_kvtc.calibration.settings import default_layer_groups
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.config.models import PipelineConfig, PolicyConfig, TransferConfig
 from dynamo_kvtc.config.units import format_size
@@ -313,7 +313,7 @@ def _policy() -> OffloadPolicy:
 def _most_artifact_bytes(profile: str, geometry: KvGeometry) -> int:
     """Bound the memory of bases and metrics: every component kept, in the default layer groups."""
     total = 0
-    for group in split_layers(geometry.num_layers, default_layers_per_group(profile, geometry)):
+    for group in default_layer_groups(profile, geometry):
         row = group.count * geometry.layer_size
         rank = row if profile == "rd" else min(row, 10_000)
         total += 2 * rank * row * _BASIS_ENTRY_BYTES

@@ -8,6 +8,8 @@ import signal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynamo_kvtc.calibration import run, stages
 from dynamo_kvtc.calibration.allocate import budget_bits
@@ -18,7 +20,7 @@ from dynamo_kvtc.calibration.models import load_model
 from dynamo_kvtc.calibration.run import calibrate
 from dynamo_kvtc.calibration.settings import (
     CalibrationSettings,
-    default_layers_per_group,
+    default_layer_groups,
     digest_inputs,
     split_layers,
 )
@@ -254,14 +256,49 @@ def test_the_defaults_follow_the_profile(tmp_path):
     small = KvGeometry(num_layers=30, num_kv_heads=3, head_size=64)
     large = KvGeometry(num_layers=32, num_kv_heads=8, head_size=128)
     assert rd.layer_groups(small) == tuple(LayerRange(first, 10) for first in (0, 10, 20))
-    assert rd.layer_groups(large) == tuple(LayerRange(first, 8) for first in (0, 8, 16, 24))
     assert kvtc.layer_groups(small) == tuple(LayerRange(first, 10) for first in (0, 10, 20))
-    assert default_layers_per_group("kvtc", KvGeometry(4, 1, 8)) == 4
-    assert default_layers_per_group("rd", KvGeometry(2, 1, 4096)) == 2
-    assert default_layers_per_group("rd", KvGeometry(2, 64, 256)) == 1
-    assert default_layers_per_group("rd", KvGeometry(30, 3, 64)) == 10
-    assert default_layers_per_group("rd", KvGeometry(24, 2, 64)) == 8  # three even groups
-    assert default_layers_per_group("rd", KvGeometry(32, 8, 128)) == 8
+    assert [group.count for group in kvtc.layer_groups(large)] == [10, 10, 10, 2]
+
+
+@pytest.mark.parametrize(
+    ("profile", "geometry", "sizes"),
+    [
+        ("kvtc", KvGeometry(4, 1, 8), [4]),
+        ("rd", KvGeometry(2, 1, 4096), [2]),
+        ("rd", KvGeometry(2, 64, 256), [1, 1]),
+        ("rd", KvGeometry(30, 3, 64), [10, 10, 10]),
+        ("rd", KvGeometry(24, 2, 64), [8, 8, 8]),  # three even groups
+        ("rd", KvGeometry(28, 8, 64), [10, 10, 8]),
+        ("rd", KvGeometry(32, 8, 128), [4, 10, 9, 9]),
+        ("rd", KvGeometry(40, 8, 128), [4, 9, 9, 9, 9]),
+        ("rd", KvGeometry(80, 1, 128), [5, 11, 11, 11, 11, 11, 10, 10]),
+        ("rd", KvGeometry(8, 64, 64), [1, 2, 2, 2, 1]),
+        ("rd", KvGeometry(5, 64, 256), [1, 1, 1, 1, 1]),
+    ],
+)
+def test_default_layer_groups(profile: str, geometry: KvGeometry, sizes: list[int]) -> None:
+    groups = default_layer_groups(profile, geometry)
+    assert [group.count for group in groups] == sizes
+    assert [layer for group in groups for layer in range(group.first, group.stop)] == list(
+        range(geometry.num_layers)
+    )
+
+
+@given(
+    layers=st.integers(1, 130),
+    heads=st.sampled_from([1, 2, 4, 8, 16, 64]),
+    size=st.sampled_from([64, 128, 256]),
+)
+def test_default_layer_groups_are_bounded(layers: int, heads: int, size: int) -> None:
+    geometry = KvGeometry(layers, heads, size)
+    counts = [group.count for group in default_layer_groups("rd", geometry)]
+    assert sum(counts) == layers
+    assert min(counts) >= 1
+    assert max(counts) == 1 or max(counts) * geometry.layer_size <= 8192 * 5 // 4
+    assert max(counts) <= 12
+    if len(counts) > 3:
+        assert counts[0] <= max(counts[1:])
+        assert max(counts[1:]) - min(counts[1:]) <= 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from dynamo_kvtc.calibration.settings import default_layers_per_group, split_layers
+from dynamo_kvtc.calibration.settings import default_layer_groups, split_layers
 from dynamo_kvtc.codec.geometry import KvGeometry
 from dynamo_kvtc.codec.header import Profile
 from dynamo_kvtc.codec.parameters import (
@@ -86,8 +86,10 @@ def make_up(
         False leaves bases 0, without memory of their own: for sizes.
     """
     geometry = shape.geometry
-    layers = split_layers(
-        geometry.num_layers, layers_per_group or default_layers_per_group(profile, geometry)
+    layers = (
+        split_layers(geometry.num_layers, layers_per_group)
+        if layers_per_group
+        else default_layer_groups(profile, geometry)
     )
     bases: dict[tuple[int, int], torch.Tensor] = {}
     groups: list[GroupParameters[SideParameters | RdSideParameters]] = []

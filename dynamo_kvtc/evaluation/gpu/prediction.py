@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dynamo_kvtc.codec.gpu.stages import DECODE_STAGES, ENCODE_STAGES
 from dynamo_kvtc.evaluation.gpu.made_up import PLAN_ID, RATIO, make_up
@@ -19,6 +19,7 @@ from dynamo_kvtc.evaluation.gpu.report import (
 from dynamo_kvtc.evaluation.gpu.shapes import BenchShape
 from dynamo_kvtc.evaluation.gpu.work import (
     LINK_STAGES,
+    SideWork,
     StageWork,
     describe_memory,
     describe_sides,
@@ -65,7 +66,6 @@ def predict(
 def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int, entropy: str) -> ShapeReport:
     parameters = make_up(shape, profile, with_bases=False).parameters
     sides = describe_sides(parameters, PLAN_ID)
-    layers = parameters.groups[0].layers.count
     plain = sum(side.plain_bytes for side in sides)
     coded = plain / _KVTC_GAIN if profile == "kvtc" else shape.raw_bytes / RATIO
     work = stage_work(shape, sides, coded, tokens, slots=entropy == "deflate")
@@ -81,11 +81,7 @@ def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int, entropy
     )
     whole = sum(seconds[name] or 0.0 for name in DECODE_STAGES)
     decode = direction(DECODE_STAGES, work, seconds, rates, shape, tokens, whole)
-    # Everything of the first group; of its product, all layers or one.
-    share = sum(side.stored * side.row for side in sides[:2]) / sum(side.stored * side.row for side in sides)
-    product = seconds["inverse product, scatter"] or 0.0
-    first_group = share * whole
-    first_layer = first_group - share * product * (1 - 1 / layers)
+    first_group, first_layer = _first(sides, seconds, parameters.groups[0].layers.count)
     return ShapeReport(
         shape.name,
         profile,
@@ -100,6 +96,23 @@ def _predict(shape: BenchShape, profile: str, rates: Rates, tokens: int, entropy
         (Onboard("host", whole, first_group, first_layer, first_group / whole),),
         alternatives(shape, tokens, rates),
     )
+
+
+def _first(
+    sides: Sequence[SideWork], seconds: Mapping[str, float | None], layers: int
+) -> tuple[float, float]:
+    """Return the seconds of decoding until the first layer group is in place, and until its first layer.
+
+    Of the stages until its coefficients are there, the group has its share of bytes; of the product that of
+    operations, and the layer a part of that.
+    """
+    product = seconds["inverse product, scatter"] or 0.0
+    opened = sum(seconds[name] or 0.0 for name in DECODE_STAGES) - product
+    operations = [side.stored * side.row for side in sides]
+    product *= sum(operations[:2]) / sum(operations)
+    plain = [side.plain_bytes for side in sides]
+    opened *= sum(plain[:2]) / sum(plain)
+    return opened + product, opened + product / layers
 
 
 def _expected(name: str, work: StageWork, plain: float, rates: Rates, tokens: int) -> float | None:

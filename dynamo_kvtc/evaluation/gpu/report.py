@@ -132,7 +132,7 @@ class ShapeReport:
     ----------
     ratio : float
         Raw bytes over bytes of streams.
-    layers_per_group, layer_groups, stored, row : int
+    first_group, largest_group, layer_groups, stored, row : int
         The first group's layers; groups; components and elements of both sides of all groups.
     basis_bytes, staging_bytes_per_token : int
         Device memory of the bases, and of a token in flight (the larger of encoding and decoding).
@@ -147,7 +147,8 @@ class ShapeReport:
     tokens: int
     raw_bytes: int
     ratio: float
-    layers_per_group: int
+    first_group: int
+    largest_group: int
     layer_groups: int
     stored: int
     row: int

@@ -102,7 +102,10 @@ def _totals(report: GpuReport, profile: str, shapes: Sequence[ShapeReport]) -> T
     tokens = shapes[0].tokens
     rows = [
         row("ratio of streams", *(f"{s.ratio:.1f}x" for s in shapes)),
-        row("layers a group, groups", *(f"{s.layers_per_group}, {s.layer_groups}" for s in shapes)),
+        row(
+            "layers of the first group, of the largest; groups",
+            *(f"{s.first_group}, {s.largest_group}; {s.layer_groups}" for s in shapes),
+        ),
         row("components stored, of the row", *(f"{s.stored / s.row:.1%}" for s in shapes)),
         row("bases on the device", *(f"{s.basis_bytes / 1e6:,.0f} MB" for s in shapes)),
         row(

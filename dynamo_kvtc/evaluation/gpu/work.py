@@ -88,8 +88,8 @@ def describe_sides(parameters: AnyParameters, plan_id: int) -> list[SideWork]:
 
 def describe_memory(
     parameters: AnyParameters, token_bytes: int | None = None
-) -> tuple[int, int, int, int, int, int]:
-    """Return the fields of a `ShapeReport` from its first group's layers to its staging bytes a token.
+) -> tuple[int, int, int, int, int, int, int]:
+    """Return the fields of a `ShapeReport` from its first group to its staging bytes a token.
 
     Parameters
     ----------
@@ -100,6 +100,7 @@ def describe_memory(
     in_flight = encode_bytes_per_token(parameters, PLAN_ID), decode_bytes_per_token(parameters, PLAN_ID)
     return (
         parameters.groups[0].layers.count,
+        max(group.layers.count for group in parameters.groups),
         len(parameters.groups),
         sum(side.stored for side in sides),
         sum(side.row for side in sides),
