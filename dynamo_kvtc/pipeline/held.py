@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.codec.base import Buffer
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.geometry import LayerRange
@@ -28,7 +29,6 @@ from dynamo_kvtc.pipeline.boundary import Boundary, Fence
 from dynamo_kvtc.pipeline.encoders import Encoder
 from dynamo_kvtc.pipeline.landing import Landing
 from dynamo_kvtc.pipeline.paged import PagedKvCache
-from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.tiers.base import TierKey
 from dynamo_kvtc.tracebacks import without_frames
 from dynamo_kvtc.transfer.allocator import RangeAllocator

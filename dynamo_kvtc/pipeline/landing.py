@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.paged_codec import Completion
 from dynamo_kvtc.deadline import wait_out
-from dynamo_kvtc.tiers.threads import run_to_end
 
 __all__ = ["Landing"]
 

@@ -15,6 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.codec.paged_codec import EncodedStream, PagedBlock, PendingEncode
 from dynamo_kvtc.errors import (
     CodecError,
@@ -30,7 +31,6 @@ from dynamo_kvtc.pipeline.blocks import TierBlockRef
 from dynamo_kvtc.pipeline.boundary import Boundaries, Boundary, Fence
 from dynamo_kvtc.pipeline.encoders import Encoder, Encoders
 from dynamo_kvtc.pipeline.paged import PagedKvCache
-from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.pipeline.ticket import OffloadResult, OffloadTicket
 from dynamo_kvtc.policy import OffloadPolicy, Speeds
 from dynamo_kvtc.policy.priorities import times_spared

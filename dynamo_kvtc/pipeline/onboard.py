@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dynamo_kvtc.blocking import run_all, run_to_end
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.geometry import LayerRange
 from dynamo_kvtc.codec.paged_codec import Completion, Payload
@@ -40,7 +41,6 @@ from dynamo_kvtc.pipeline.landing import Landing
 from dynamo_kvtc.pipeline.onboard_settings import OnboardSettings
 from dynamo_kvtc.pipeline.paged import PagedKvCache
 from dynamo_kvtc.pipeline.sound_prefix import SoundPrefix
-from dynamo_kvtc.pipeline.threads import run_all, run_to_end
 from dynamo_kvtc.pipeline.turns import Turns
 from dynamo_kvtc.pipeline.unit_reader import UnitReader
 from dynamo_kvtc.pipeline.units import Unit, cut_units

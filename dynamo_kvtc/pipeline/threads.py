@@ -1,4 +1,4 @@
-"""Threads that compute, and running work in them."""
+"""Threads that compute."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from dynamo_kvtc.tiers.threads import run_all, run_to_end
-
-__all__ = ["run_all", "run_to_end", "single_threaded_pool"]
+__all__ = ["single_threaded_pool"]
 
 _START_TIMEOUT_S = 30.0
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.codec.base import KvCodec
 from dynamo_kvtc.codec.bitstream import StreamHeader
 from dynamo_kvtc.codec.paged_codec import Payload
@@ -22,7 +23,6 @@ from dynamo_kvtc.observability import Counters
 from dynamo_kvtc.pipeline.device_staging import DeviceStaging
 from dynamo_kvtc.pipeline.onboard_settings import OnboardSettings
 from dynamo_kvtc.pipeline.sound_prefix import SoundPrefix
-from dynamo_kvtc.pipeline.threads import run_to_end
 from dynamo_kvtc.pipeline.timeline import Timeline
 from dynamo_kvtc.pipeline.units import Unit
 from dynamo_kvtc.policy import OffloadPolicy

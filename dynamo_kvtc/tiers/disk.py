@@ -29,6 +29,7 @@ from typing import Literal
 
 import xxhash
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.errors import ObjectCorruptError, TierFullError, TransferError, TransferTimeoutError
 from dynamo_kvtc.tiers.base import ReadRequest, TierKey
 from dynamo_kvtc.tiers.disk_files import lock_folder
@@ -37,7 +38,6 @@ from dynamo_kvtc.tiers.disk_log import Segment, SegmentLog
 from dynamo_kvtc.tiers.disk_recovery import Recovery, recover_folder
 from dynamo_kvtc.tiers.index import Location
 from dynamo_kvtc.tiers.indexed import IndexedTier
-from dynamo_kvtc.tiers.threads import run_to_end
 from dynamo_kvtc.transfer import MemorySpan, TransferAgent
 
 __all__ = ["DiskSettings", "DiskTier"]

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from dynamo_kvtc.blocking import run_all, run_to_end
 from dynamo_kvtc.errors import (
     KvtcError,
     ObjectCorruptError,
@@ -29,7 +30,6 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.tiers import encryption_format as form
 from dynamo_kvtc.tiers.base import KEY_BYTES, OnChange, ReadRequest, Tier, TierKey, TierStats
 from dynamo_kvtc.tiers.encryption_keys import KeyRing
-from dynamo_kvtc.tiers.threads import run_all, run_to_end
 from dynamo_kvtc.transfer import MemorySpan, StagingPool
 
 __all__ = ["EncryptedTier"]

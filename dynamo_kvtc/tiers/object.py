@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.errors import (
     MissingDependencyError,
     ObjectCorruptError,
@@ -43,7 +44,6 @@ from dynamo_kvtc.tiers.object_format import HEADER_BYTES, key_of, object_name, p
 from dynamo_kvtc.tiers.object_gate import RequestGate
 from dynamo_kvtc.tiers.object_lookup import BucketLookup
 from dynamo_kvtc.tiers.object_transport import ClientTransport, NixlTransport, ObjectTransport
-from dynamo_kvtc.tiers.threads import run_to_end
 from dynamo_kvtc.transfer import MemorySpan
 
 __all__ = ["ObjectSettings", "ObjectTier"]

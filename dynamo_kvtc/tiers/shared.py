@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.errors import (
     TierClosedError,
     TierError,
@@ -177,7 +178,9 @@ class SharedDiskTier(Tier):
         """
         path = Path(folder)
         try:
-            claims, names = await asyncio.to_thread(_join_folder, path)
+            claims, names = await run_to_end(
+                None, partial(_join_folder, path), lambda joined: joined[0].close()
+            )
         except OSError as error:
             raise TierError(f"cannot use {path} for a disk tier: {error}; check path and rights") from error
         own: _OwnTier | None = None

@@ -20,9 +20,9 @@ from typing import Literal
 
 import numpy as np
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.errors import KvtcError, TransferTimeoutError
 from dynamo_kvtc.tiers.base import Tier, TierKey
-from dynamo_kvtc.tiers.threads import run_to_end
 from dynamo_kvtc.transfer import MemorySpan, StagingPool
 
 __all__ = ["WriteBehind"]

@@ -19,8 +19,10 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from dynamo_kvtc.blocking import run_to_end
 from dynamo_kvtc.deadline import in_time, wait_out
 from dynamo_kvtc.errors import TransferError, TransferTimeoutError
 from dynamo_kvtc.transfer.backend import DRAM, FILE, POSIX, UCX
@@ -142,7 +144,7 @@ class TransferAgent:
             From opening the file.
         """
         self._check_usable()
-        fd = await asyncio.to_thread(os.open, path, flags | os.O_CLOEXEC, 0o600)
+        fd = await run_to_end(None, partial(os.open, path, flags | os.O_CLOEXEC, 0o600), os.close)
         try:
             return await self.register_file(fd, nbytes, name=Path(path).name, owns_fd=True)
         except BaseException:
@@ -165,7 +167,7 @@ class TransferAgent:
         return region
 
     async def _register_direct(self, fd: int, nbytes: int, name: str) -> FileRegion:
-        direct = await asyncio.to_thread(open_direct, fd)
+        direct = await run_to_end(None, partial(open_direct, fd), os.close)
         try:
             region = FileRegion(direct, nbytes, name, True, None, direct=True)
             await self._register(region)

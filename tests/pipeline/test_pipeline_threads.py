@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from dynamo_kvtc.pipeline.threads import run_all, run_to_end, single_threaded_pool
+from dynamo_kvtc.blocking import run_all, run_to_end
+from dynamo_kvtc.pipeline.threads import single_threaded_pool
 
 
 async def test_result_and_error_are_passed_on() -> None:

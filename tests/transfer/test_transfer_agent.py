@@ -287,6 +287,26 @@ async def test_a_region_whose_caller_was_cancelled_does_not_stay_registered(
     await until(lambda: registered == 0)
 
 
+async def test_a_file_whose_opening_was_cancelled_does_not_stay_open(
+    agent: TransferAgent, tmp_path: Path
+) -> None:
+    """A named pipe opens for reading only once somebody opens it for writing."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    opening = asyncio.create_task(agent.open_file(path, nbytes=10, flags=os.O_RDONLY))
+    await asyncio.sleep(0.05)
+    opening.cancel()
+    await asyncio.sleep(0.01)
+    assert not opening.done()
+    writer = os.open(path, os.O_WRONLY)
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    # Nobody reads it any more.
+    with pytest.raises(BrokenPipeError):
+        os.write(writer, b"x")
+    os.close(writer)
+
+
 async def test_an_agent_whose_start_was_cancelled_leaves_no_thread() -> None:
     starting = asyncio.create_task(TransferAgent.create(AgentSettings(name="kvtc-given-up")))
     await until(lambda: any(thread.name == "kvtc-given-up-nixl" for thread in threading.enumerate()))
