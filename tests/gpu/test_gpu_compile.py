@@ -41,7 +41,7 @@ def test_kernels_compile_for_hopper(cache: Path, head_size: int, dtype: str) -> 
     assert any(kernel["name"].startswith("xxh3.") for kernel in kernels)
     for kernel in kernels:
         # Addresses and counts around a product's loop, once a tile.
-        most = 512 if kernel["name"].startswith("project") else 0
+        most = 640 if kernel["name"].startswith("project") else 0
         assert 0 <= kernel["stack"] <= most, kernel
 
 

@@ -87,7 +87,7 @@ def spread(level, occurs):
     weight = weight_of(level)
     total = tl.sum(weight, 0)
     count, weights = tl.cumsum(occurs, 0), tl.cumsum(weight, 0)
-    room, divisor = _TOTAL - tl.sum(occurs, 0), tl.maximum(total, 1)
+    room, divisor = -(tl.sum(occurs, 0) - _TOTAL), tl.maximum(total, 1)
     after = count + weights * room // divisor
     before = count - occurs + (weights - weight) * room // divisor
     return after - before, before, total

@@ -48,15 +48,16 @@ def choose_levels(counts):
     occurs = (counts > 0).to(tl.int32)
     wide = counts.to(tl.int64)
     total = tl.sum(wide, 0)
-    spare = tl.maximum(_TOTAL * tl.max(wide, 0) - total, total // 2)
-    share = (_TOTAL * wide) * (_TOTAL * wide)
+    # Constants stand behind tensors: the interpreter of Triton 3.7 makes constants of their products.
+    spare = tl.maximum(tl.max(wide, 0) * _TOTAL - total, total // 2)
+    share = (wide * _TOTAL) * (wide * _TOTAL)
     best = occurs
     most = total * 0 - 1
     for scale in tl.static_range(4):
         level = occurs
         reached = total
         for known in tl.static_range(2, 16):
-            further = total + ((_WEIGHTS[known] * _SCALES[scale] * spare) >> 24)
+            further = total + ((spare * (_WEIGHTS[known] * _SCALES[scale])) >> 24)
             level += occurs * (share > reached * further).to(tl.int32)
             reached = further
         frequency, _before, _total = spread(level, occurs)
