@@ -96,7 +96,8 @@ async def test_a_disk_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> N
 def test_the_environment_does_not_name_the_machine() -> None:
     environment = describe_environment()
     assert set(environment) == {"date", "cpu", "cores", "torch_threads", "python", "versions"}
-    assert environment["versions"]["torch"] == torch.__version__
+    # What is installed need not name the CUDA version that torch was built for.
+    assert torch.__version__.startswith(environment["versions"]["torch"])
 
 
 def test_command(tiny_artifact: Artifact, tmp_path: Path) -> None:
