@@ -391,10 +391,9 @@ class TransferAgent:
             )
 
     def _check_held(self, pairs: Sequence[tuple[MemorySpan, Span]]) -> None:
-        for pair in pairs:
-            for span in pair:
-                if span.region not in self._memory and span.region not in self._files:
-                    raise ValueError("a span's region is not (or no longer) registered with this agent")
+        held = self._memory | self._files
+        if not all(span.region in held for pair in pairs for span in pair):
+            raise ValueError("a span's region is not (or no longer) registered with this agent")
 
     async def _register(self, region: MemoryRegion | FileRegion) -> None:
         await self._owners.settled()
